@@ -1,0 +1,1 @@
+"""Asynchronous RL post-training on Megatron-Core without behavior-policy information."""

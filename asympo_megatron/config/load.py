@@ -1,0 +1,114 @@
+"""YAML + dot-list overrides -> a checked :class:`Config`."""
+
+import hashlib
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from asympo_megatron.config.schema import Config
+from asympo_megatron.config.validate import validate
+from asympo_megatron.errors import ConfigError, UnknownNameError
+
+
+def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file or a shipped preset, apply ``a.b=c`` overrides, check the result.
+
+    Args:
+        source: path of a YAML file, or the name of a preset such as ``quickstart``.
+        overrides: dot-list, applied left to right.
+
+    Raises:
+        ConfigError: no such file, malformed YAML or override, wrong type, or values that contradict each other.
+        UnknownNameError: a key that does not exist; the message names the nearest one.
+    """
+    merged = OmegaConf.structured(Config)
+    for layer in (_read(source), _parse_overrides(overrides)):
+        _check_keys(merged, layer, ())
+        try:
+            merged = OmegaConf.merge(merged, layer)
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"{source}: {_first_line(error)}") from error
+    try:
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{source}: {_first_line(error)}") from error
+    assert isinstance(config, Config)
+    validate(config)
+    return config
+
+
+def save_config(config: Config, path: str | Path) -> None:
+    """Write the resolved configuration as YAML."""
+    Path(path).write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+
+
+def data_hash(config: Config) -> str:
+    """Hash of everything that decides which groups a run sees; a journal belongs to exactly one such hash."""
+    rollout = config.rollout
+    parts = (
+        config.run.seed,
+        (config.batch.groups_per_step, config.batch.group_size),
+        config.advantage,
+        config.task,
+        (rollout.source, rollout.replay, rollout.sampling),
+    )
+    return hashlib.sha256(msgspec.json.encode(parts)).hexdigest()[:16]
+
+
+def preset_names() -> list[str]:
+    """Names of the presets shipped with the package."""
+    folder = resources.files("asympo_megatron.config") / "presets"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def _read(source: str | Path) -> DictConfig:
+    path = Path(source)
+    if path.suffix not in (".yaml", ".yml"):
+        if str(source) not in preset_names():
+            raise UnknownNameError("preset (a file name ends in .yaml)", str(source), preset_names())
+        text = (resources.files("asympo_megatron.config") / "presets" / f"{source}.yaml").read_text()
+    elif path.is_file():
+        text = path.read_text()
+    else:
+        raise ConfigError(f"config file {path} does not exist; give a YAML file or a preset: {preset_names()}.")
+    try:
+        layer = OmegaConf.create(text)
+    except Exception as error:  # yaml and omegaconf each raise their own kinds
+        raise ConfigError(f"{source}: not valid YAML: {_first_line(error)}") from error
+    if not isinstance(layer, DictConfig):
+        raise ConfigError(f"{source}: expected a mapping of sections at the top level.")
+    return layer
+
+
+def _parse_overrides(overrides: Sequence[str]) -> DictConfig:
+    for item in overrides:
+        if "=" not in item or item.startswith("="):
+            raise ConfigError(f"override {item!r} is not of the form a.b=c.")
+    try:
+        return OmegaConf.from_dotlist(list(overrides))
+    except Exception as error:
+        raise ConfigError(f"overrides {list(overrides)}: {_first_line(error)}") from error
+
+
+def _check_keys(schema: Any, layer: Any, path: tuple[str, ...]) -> None:
+    """Refuse unknown keys by full name. Free-form mappings (``*.megatron``, ``*.options``) have no struct flag."""
+    if not isinstance(layer, DictConfig) or not OmegaConf.is_config(schema):
+        return
+    if OmegaConf.get_type(schema) is dict:
+        return
+    known = list(schema.keys())
+    for key in layer:
+        if key not in known:
+            raise UnknownNameError(f"config key {'.'.join((*path, str(key)))!r}: key", str(key), known)
+        if not OmegaConf.is_missing(layer, key):
+            _check_keys(schema._get_node(key), layer._get_node(key), (*path, str(key)))
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return "; ".join(lines[:2])

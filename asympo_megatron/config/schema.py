@@ -1,0 +1,228 @@
+"""The configuration of a run: one YAML file, twelve sections. Values live in YAML, defaults live here.
+
+Defaults marked "ours" are this project's choice; the published abstract of ASymPO fixes none of them.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class RunConfig:
+    name: str = "run"
+    root: str = "runs"
+    seed: int = 0
+    steps: int = 100
+    """Optimizer steps."""
+    warm_start: str | None = None
+    """Config (path or preset) that `asympo run` completes first; its last checkpoint becomes model.init."""
+
+
+@dataclass
+class ModelConfig:
+    path: str | None = None
+    """Hugging Face directory: config.json, tokenizer and, for init: hf, safetensors."""
+    hf: dict[str, Any] = field(default_factory=dict)
+    """Fields of a Hugging Face config.json (model_type, hidden_size, ...): the model when `path` is null; the
+    tokenizer and vocab_size then come from the task."""
+    init: str = "random"
+    """random | hf (weights of `path`) | a checkpoint directory of an earlier run."""
+    dtype: str = "fp32"
+    """fp32 | bf16."""
+    init_std: float = 0.02
+    megatron: dict[str, Any] = field(default_factory=dict)
+    """Any field of Megatron-Core's TransformerConfig."""
+
+
+@dataclass
+class ParallelConfig:
+    tensor: int = 1
+    sequence: bool = False
+    pipeline: int = 1
+    virtual_pipeline: int | None = None
+    context: int = 1
+    expert: int = 1
+
+
+@dataclass
+class OptimizerConfig:
+    lr: float = 1e-6
+    min_lr: float = 0.0
+    schedule: str = "constant"
+    """constant | linear | cosine, over run.steps after warmup_steps."""
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    clip_grad: float = 1.0
+    distributed: bool = False
+    """Megatron's distributed optimizer (states sharded over DP)."""
+    megatron: dict[str, Any] = field(default_factory=dict)
+    """Any field of Megatron-Core's OptimizerConfig."""
+
+
+@dataclass
+class DDPConfig:
+    megatron: dict[str, Any] = field(default_factory=dict)
+    """Any field of Megatron-Core's DistributedDataParallelConfig."""
+
+
+@dataclass
+class ObjectiveConfig:
+    name: str = "asympo"
+    options: dict[str, Any] = field(default_factory=dict)
+    """Options of that objective, e.g. nll_floor for asympo (default 1e-3 nats a token: ours)."""
+
+
+@dataclass
+class AdvantageConfig:
+    estimator: str = "group_mean"
+    """group_mean | mean_std | leave_one_out | none."""
+
+
+@dataclass
+class BatchConfig:
+    groups_per_step: int = 32
+    group_size: int = 8
+    max_tokens_per_microbatch: int = 8192
+    """Prompt and response tokens of one micro-batch on one DP rank, over its CP ranks together."""
+
+
+@dataclass
+class SamplingConfig:
+    temperature: float = 1.0
+    """Training responses: the learner scores logits / temperature, too."""
+    top_p: float = 1.0
+    top_k: int = -1
+    max_prompt_tokens: int = 1024
+    max_new_tokens: int = 1024
+    stop_token_ids: list[int] = field(default_factory=list)
+    """Added to the tokenizer's end-of-sequence token."""
+    overlong: str = "train"
+    """Truncated responses: train | mask (no loss, still in N) | penalize (reward - overlong_penalty)."""
+    overlong_penalty: float = 1.0
+
+
+@dataclass
+class EvalConfig:
+    interval_steps: int = 0
+    """Evaluate weights whose step is a multiple, step 0 and the last included; 0: never."""
+    prompts: int = 256
+    """Held-out prompts an evaluation uses (fewer if the task holds fewer)."""
+    samples_per_prompt: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+
+@dataclass
+class RolloutConfig:
+    source: str = "engines"
+    """engines | replay (groups from a file) | supervised (reference answers of the task; needs objective sft)."""
+    replay: str | None = None
+    label_noise: float = 0.0
+    """supervised: probability that a label token is replaced by a random one of the answer alphabet."""
+    controller_url: str | None = None
+    """Where the trainer finds the controller; null: replay and supervised are read by the trainer itself."""
+    controller_host: str = "127.0.0.1"
+    controller_port: int = 0
+    """0: any free port (`asympo run` tells its children)."""
+    controller_token: str | None = None
+    """Bearer token that every call to the controller must carry."""
+    engine: str = "embedded"
+    """What `asympo run` starts locally: embedded | sglang."""
+    num_engines: int = 1
+    engine_urls: list[str] = field(default_factory=list)
+    """Engines that already run elsewhere; then `asympo run` starts none."""
+    engine_api_key: str | None = None
+    engine_args: list[str] = field(default_factory=list)
+    """Further arguments of `python -m sglang.launch_server` (engine: sglang)."""
+    engine_python: str | None = None
+    """Python of the environment that holds sglang (its pins conflict with the trainer's)."""
+    max_in_flight_per_engine: int = 512
+    """Requests; the rest waits in the controller."""
+    max_lag_steps: int = 1
+    """0 is synchronous RL."""
+    lag_policy: str = "admission"
+    """admission | strict | drop."""
+    request_timeout_s: float = 600.0
+    engine_timeout_s: float = 60.0
+    engine_start_timeout_s: float = 600.0
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+
+@dataclass
+class TaskConfig:
+    kind: str = "reasoning_gym"
+    """reasoning_gym | jsonl."""
+    name: str = "spell_backward"
+    """reasoning_gym: name of the data set."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """reasoning_gym: configuration of the data set."""
+    size: int = 100_000
+    """reasoning_gym: distinct prompts before an epoch ends; the held-out ones are never among them."""
+    path: str | None = None
+    """jsonl: file of prompts."""
+    prompt_field: str = "prompt"
+    answer_field: str = "answer"
+    eval_path: str | None = None
+    """jsonl: file of held-out prompts; null: eval_fraction of `path`."""
+    eval_fraction: float = 0.05
+    seed: int = 0
+    shuffle: bool = True
+    system_prompt: str | None = None
+    template: str = "chat"
+    """chat (the tokenizer's chat template) | plain (the question as it is)."""
+    reward: str = "task"
+    """task (the task's own scorer) | exact | math (math-verify) | pkg.mod:fn."""
+    reward_timeout_s: float = 10.0
+    reward_retries: int = 2
+    reward_workers: int = 2
+    """Processes that score answers, for rewards that parse model output."""
+
+
+@dataclass
+class SyncConfig:
+    transport: str = "disk"
+    interval_steps: int = 1
+    """Publish after every this many optimizer steps; at most rollout.max_lag_steps + 1."""
+    pause_mode: str = "in_place"
+    """in_place | retract | abort: what happens to running requests while weights change."""
+    keep_last: int = 2
+    timeout_s: float = 300.0
+
+
+@dataclass
+class CheckpointConfig:
+    interval_steps: int = 50
+    """0: only after the last step."""
+    keep_last: int = 2
+    resume: bool = True
+    """Continue from the newest complete checkpoint of the run directory."""
+
+
+@dataclass
+class LoggingConfig:
+    sinks: list[str] = field(default_factory=list)
+    """Beside metrics.jsonl: tensorboard | wandb | prometheus."""
+    prometheus_port: int = 9400
+    progress: bool = True
+    level: str = "INFO"
+
+
+@dataclass
+class Config:
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    ddp: DDPConfig = field(default_factory=DDPConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    sync: SyncConfig = field(default_factory=SyncConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
