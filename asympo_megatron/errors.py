@@ -74,3 +74,11 @@ class CheckpointError(AsympoError, OSError):
 
 class NonFiniteLossError(AsympoError, ArithmeticError):
     """Loss or gradient norm is NaN or infinite: the step was refused and the weights kept."""
+
+
+def revive(kind: str, message: str) -> AsympoError:
+    """The error that another process or rank reported by class name and message."""
+    known = globals().get(kind)
+    if isinstance(known, type) and issubclass(known, AsympoError) and known.__init__ is Exception.__init__:
+        return known(message)
+    return ControllerError(message)

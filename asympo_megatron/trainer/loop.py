@@ -1,0 +1,111 @@
+"""The training loop: lease groups, pack, step, publish, checkpoint.
+
+    lease(s) -> plan -> samples -> learner.step -> weights s + 1 -> publish -> checkpoint -> metrics row s + 1
+"""
+
+import logging
+import time
+from pathlib import Path
+
+from asympo_megatron import protocol
+from asympo_megatron.config import Config
+from asympo_megatron.errors import NonFiniteLossError
+from asympo_megatron.mcore import Checkpoints, Layout, Learner, Row
+from asympo_megatron.packing import plan_microbatches
+from asympo_megatron.trainer.publisher import Publisher
+from asympo_megatron.trainer.rows import MetricsRows
+from asympo_megatron.trainer.sources import Source
+
+log = logging.getLogger(__name__)
+
+
+class TrainingLoop:
+    """One run from its resumed step to ``run.steps``. Every rank executes every line."""
+
+    def __init__(
+        self,
+        config: Config,
+        learner: Learner,
+        layout: Layout,
+        source: Source,
+        publisher: Publisher | None,
+        checkpoints: Checkpoints,
+        rows: MetricsRows,
+    ) -> None:
+        self._config, self._learner, self._layout = config, learner, layout
+        self._source, self._publisher = source, publisher
+        self._checkpoints, self._rows = checkpoints, rows
+
+    def run(self) -> None:
+        """Train. Raises NonFiniteLossError after saving the last good state."""
+        self._source.attach(self._learner.step_count)
+        self._rows.start(self._source.incarnation, self._learner.step_count)
+        checksum = self._learner.checksum()
+        self._publish(checksum)
+        try:
+            for step in range(self._learner.step_count, self._config.run.steps):
+                checksum = self._train_step(step)
+        except NonFiniteLossError:
+            self._checkpoint()  # the state before the refused step is whole: keep it
+            raise
+        self._rows.finish(self._source.finish(self._learner.step_count))
+
+    def _train_step(self, step: int) -> str:
+        clock = _Clock()
+        lease = self._source.lease(step)
+        microbatches = self._fetch(lease)
+        clock.lap("time/wait_s")
+        figures = self._learner.step(microbatches, len(lease.responses))
+        checksum = self._learner.checksum()
+        clock.lap("time/train_s")
+        self._publish(checksum)
+        clock.lap("time/publish_s")
+        if self._checkpoint_due(step + 1):
+            self._checkpoint()
+        clock.lap("time/checkpoint_s")
+        self._rows.write(step + 1, lease, figures, checksum, clock.laps)
+        return checksum
+
+    def _fetch(self, lease: protocol.LeaseReply) -> list[list[Row]]:
+        """The micro-batches of this DP rank: all ranks plan alike, each replica fetches only its own tokens."""
+        responses = lease.responses
+        plan = plan_microbatches(
+            [r.prompt_tokens + r.response_tokens for r in responses],
+            dp_size=self._layout.dp_size,
+            max_tokens=self._config.batch.max_tokens_per_microbatch,
+            pad_multiple=self._layout.pad_multiple,
+        )
+        mine = plan.microbatches[self._layout.dp_rank]
+        wanted = [(responses[i].group_id, responses[i].row) for batch in mine for i in batch]
+        samples = iter(self._source.samples(lease.step, wanted))
+        return [[_row(next(samples), responses[i].advantage) for i in batch] for batch in mine]
+
+    def _publish(self, checksum: str) -> None:
+        if self._publisher is not None and self._publisher.due(self._learner.step_count):
+            self._publisher.publish(self._learner, self._source.incarnation, checksum)
+
+    def _checkpoint_due(self, step: int) -> bool:
+        interval = self._config.checkpoint.interval_steps
+        return step == self._config.run.steps or (interval > 0 and step % interval == 0)
+
+    def _checkpoint(self) -> None:
+        oldest_step = self._checkpoints.save(self._learner)
+        self._source.commit(self._learner.step_count, oldest_step)
+
+
+def _row(sample: protocol.Sample, advantage: float) -> Row:
+    return Row(sample.prompt_ids, sample.ids, sample.mask, advantage, sample.behavior_logprobs)
+
+
+class _Clock:
+    """Wall time between laps, in seconds, by name; ``time/step_s`` is their sum."""
+
+    def __init__(self) -> None:
+        self._start = self._last = time.perf_counter()
+        self.laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[name] = now - self._last
+        self._last = now
+        self.laps["time/step_s"] = now - self._start
