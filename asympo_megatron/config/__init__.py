@@ -1,6 +1,6 @@
 """Configuration: dataclass schema, YAML and overrides, validation."""
 
-from asympo_megatron.config.load import data_hash, load_config, preset_names, save_config
+from asympo_megatron.config.load import data_hash, load_config, preset_names, save_config, warm_start_config
 from asympo_megatron.config.schema import Config
 
-__all__ = ["Config", "data_hash", "load_config", "preset_names", "save_config"]
+__all__ = ["Config", "data_hash", "load_config", "preset_names", "save_config", "warm_start_config"]

@@ -26,20 +26,30 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
         ConfigError: no such file, malformed YAML or override, wrong type, or values that contradict each other.
         UnknownNameError: a key that does not exist; the message names the nearest one.
     """
-    merged = OmegaConf.structured(Config)
-    for layer in (_read(source), _parse_overrides(overrides)):
-        _check_keys(merged, layer, ())
-        try:
-            merged = OmegaConf.merge(merged, layer)
-        except OmegaConfBaseException as error:
-            raise ConfigError(f"{source}: {_first_line(error)}") from error
+    schema = OmegaConf.structured(Config)
+    file_layer, override_layer = _read(source), _parse_overrides(overrides)
+    _check_keys(schema, file_layer, ())
+    _check_keys(schema, override_layer, ())
     try:
-        config = OmegaConf.to_object(merged)
+        layer = OmegaConf.merge(file_layer, override_layer)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{source}: {_first_line(error)}") from error
-    assert isinstance(config, Config)
-    validate(config)
-    return config
+    return _finish(schema, layer, str(source))
+
+
+def warm_start_config(config: Config) -> Config | None:
+    """The run that comes first: this config with ``run.warm_start`` applied, in RUN_DIR/warmup; None without one."""
+    if not config.run.warm_start:
+        return None
+    base = OmegaConf.structured(config)
+    layer = _parse_overrides(config.run.warm_start)
+    _check_keys(base, layer, ())
+    if OmegaConf.select(layer, "objective.name") is not None:
+        base.objective.options = {}  # they belong to the objective that is replaced
+    base.run.root = str(Path(config.run.root) / config.run.name)
+    base.run.name = "warmup"
+    base.run.warm_start = []
+    return _finish(base, layer, "run.warm_start")
 
 
 def save_config(config: Config, path: str | Path) -> None:
@@ -64,6 +74,16 @@ def preset_names() -> list[str]:
     """Names of the presets shipped with the package."""
     folder = resources.files("asympo_megatron.config") / "presets"
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def _finish(base: Any, layer: Any, source: str) -> Config:
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(base, layer))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{source}: {_first_line(error)}") from error
+    assert isinstance(config, Config)
+    validate(config)
+    return config
 
 
 def _read(source: str | Path) -> DictConfig:

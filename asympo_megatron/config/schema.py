@@ -14,8 +14,11 @@ class RunConfig:
     seed: int = 0
     steps: int = 100
     """Optimizer steps."""
-    warm_start: str | None = None
-    """Config (path or preset) that `asympo run` completes first; its last checkpoint becomes model.init."""
+    warm_start: list[str] = field(default_factory=list)
+    """Overrides of this very config: `asympo run` first completes the run they describe (RUN_DIR/warmup), and its
+    last checkpoint becomes model.init."""
+    local_ranks: int | None = None
+    """Trainer processes that `asympo run` starts; null: tensor x pipeline x context. Under torchrun it says nothing."""
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """The training loop: lease groups, pack, step, publish, checkpoint.
 
-    lease(s) -> plan -> samples -> learner.step -> weights s + 1 -> publish -> checkpoint -> metrics row s + 1
+lease(s) -> plan -> samples -> learner.step -> weights s + 1 -> publish -> checkpoint -> metrics row s + 1
 """
 
 import logging

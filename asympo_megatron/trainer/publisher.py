@@ -1,7 +1,10 @@
 """Weights on their way to the engines: version number, files, announcement, clean-up."""
 
-import logging
+from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
+
+from torch import Tensor
 
 from asympo_megatron import protocol
 from asympo_megatron.config import Config
@@ -10,8 +13,6 @@ from asympo_megatron.mcore import Learner
 from asympo_megatron.sync import prune_versions, write_version
 from asympo_megatron.trainer.client import ControllerClient
 from asympo_megatron.trainer.exchange import Exchange
-
-log = logging.getLogger(__name__)
 
 
 class Publisher:
@@ -46,10 +47,15 @@ class Publisher:
                 pass
         self._exchange.from_rank0(lambda: self._write(version.version, step, tensors, incarnation, checksum), None)
 
-    def _write(self, version: int, step: int, tensors, incarnation: int, checksum: str) -> None:
-        path = write_version(
-            self._weights_dir, version, step=step, tensors=tensors, checksum=checksum, model_files=self._model_dir
-        )
+    def _write(
+        self, version: int, step: int, tensors: Iterator[tuple[str, Tensor]], incarnation: int, checksum: str
+    ) -> None:
+        try:
+            path = write_version(
+                self._weights_dir, version, step=step, tensors=tensors, checksum=checksum, model_files=self._model_dir
+            )
+        finally:
+            deque(tensors, maxlen=0)  # the other ranks walk to the end, even when the disk is full here
         request = protocol.PublishRequest(incarnation, step, version, checksum, str(path.resolve()))
         reply = self._client.publish(request)
         prune_versions(self._weights_dir, self._config.sync.keep_last, reply.in_use)

@@ -54,9 +54,7 @@ class ControllerSource:
         self._exchange.from_rank0(lambda: self._client.commit(request), None)
 
     def finish(self, step: int) -> list[protocol.Evaluation]:
-        return self._exchange.from_rank0(
-            lambda: self._client.finish(self.incarnation, step), list[protocol.Evaluation]
-        )
+        return self._exchange.from_rank0(lambda: self._client.finish(self.incarnation, step), list[protocol.Evaluation])
 
 
 class LocalSource:
@@ -124,6 +122,4 @@ def manifest_of(group: Group, estimator: str) -> list[protocol.LeasedResponse]:
 def sample_of(group: Group, row: int) -> protocol.Sample:
     """The tokens of one response of a group."""
     response = group.responses[row]
-    return protocol.Sample(
-        group.prompt_ids, response.ids, response.mask, response.versions, response.behavior_logprobs
-    )
+    return protocol.Sample(group.prompt_ids, response.ids, response.mask, response.versions, response.behavior_logprobs)
