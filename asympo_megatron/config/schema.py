@@ -135,6 +135,9 @@ class RolloutConfig:
     engine: str = "embedded"
     """What `asympo run` starts locally: embedded | sglang."""
     num_engines: int = 1
+    engine_host: str = "127.0.0.1"
+    engine_port: int = 0
+    """Where `asympo engine` listens; 0: any free port. `asympo run` chooses the ports of its engines itself."""
     engine_urls: list[str] = field(default_factory=list)
     """Engines that already run elsewhere; then `asympo run` starts none."""
     engine_api_key: str | None = None

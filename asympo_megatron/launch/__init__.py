@@ -1,0 +1,1 @@
+"""Local supervision of the roles, and the doctor."""

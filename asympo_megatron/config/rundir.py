@@ -1,0 +1,54 @@
+"""The directory of a run: where everything lies."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from asympo_megatron.config.load import save_config
+from asympo_megatron.config.schema import Config
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """Paths of a run."""
+
+    path: Path
+
+    @classmethod
+    def of(cls, config: Config) -> "RunDir":
+        return cls(Path(config.run.root) / config.run.name)
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def weights(self) -> Path:
+        return self.path / "weights"
+
+    @property
+    def warmup(self) -> Path:
+        return self.path / "warmup"
+
+    @property
+    def journal(self) -> Path:
+        return self.path / "journal.sqlite"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    def create(self, config: Config) -> None:
+        """Make the directory and save the resolved config in it."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        temporary = self.path / f".config.{os.getpid()}.yaml"
+        save_config(config, temporary)
+        temporary.replace(self.config)

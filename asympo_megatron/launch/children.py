@@ -1,0 +1,110 @@
+"""Child processes that never outlive their parent: start, watch, stop."""
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from asympo_megatron.errors import AsympoError
+
+_PR_SET_PDEATHSIG = 1
+_STOP_GRACE_S = 10.0
+
+
+class ChildDiedError(AsympoError, RuntimeError):
+    """A supervised role ended although the run was not over."""
+
+
+@dataclass
+class Child:
+    """A started role and the log that holds its output."""
+
+    role: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+
+def die_with_parent() -> None:
+    """Ask the kernel for SIGTERM when the parent process dies, however it dies (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+class Children:
+    """The roles of one run. Each is the leader of its own process group, so that its helpers stop with it."""
+
+    def __init__(self, logs: Path) -> None:
+        self._logs = logs
+        self._logs.mkdir(parents=True, exist_ok=True)
+        self._children: list[Child] = []
+
+    def start(self, role: str, command: Sequence[str], env: dict[str, str] | None = None) -> Child:
+        """Start a role; its output goes to logs/ROLE.log, after what is already there."""
+        log = self._logs / f"{role}.log"
+        with log.open("ab") as out:
+            process = subprocess.Popen(
+                list(command),
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **(env or {})},
+                start_new_session=True,
+                preexec_fn=die_with_parent,
+            )
+        child = Child(role, process, log)
+        self._children.append(child)
+        return child
+
+    def check(self) -> None:
+        """Raise if any role has ended.
+
+        Raises:
+            ChildDiedError: with the role, its exit code and the last lines of its log.
+        """
+        for child in self._children:
+            code = child.process.poll()
+            if code is not None:
+                raise ChildDiedError(death_notice(child, code))
+
+    def forget(self, child: Child) -> None:
+        """A role that has ended as it should."""
+        self._children.remove(child)
+
+    def stop(self) -> None:
+        """SIGTERM to all, SIGKILL to those that have not ended after a grace period; returns when all are gone."""
+        for child in self._children:
+            _signal_group(child, signal.SIGTERM)
+        deadline = time.monotonic() + _STOP_GRACE_S
+        for child in self._children:
+            try:
+                child.process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                _signal_group(child, signal.SIGKILL)
+                child.process.wait()
+            _signal_group(child, signal.SIGKILL)  # what it may have left in its group
+        self._children.clear()
+
+
+def death_notice(child: Child, code: int) -> str:
+    """One message that says who died, how, and its last words."""
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
+    return f"{child.role} {how}. The end of {child.log}:\n{last_words(child.log)}"
+
+
+def last_words(log: Path, lines: int = 12) -> str:
+    """The last non-empty lines of a log."""
+    text = log.read_text(errors="replace") if log.is_file() else ""
+    tail = [line for line in text.splitlines() if line.strip()][-lines:]
+    return "\n".join(f"    {line}" for line in tail) or "    (empty)"
+
+
+def _signal_group(child: Child, number: signal.Signals) -> None:
+    try:
+        os.killpg(child.process.pid, number)
+    except ProcessLookupError:
+        pass  # the whole group is gone

@@ -1,0 +1,122 @@
+"""`asympo run`: every role of one run on this machine, supervised.
+
+    warm start (optional) -> engines + controller + trainer -> report
+
+One role dying stops all with its last words and a non-zero exit; Ctrl-C and SIGTERM stop all; nothing is left behind.
+"""
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from asympo_megatron.config import Config, RunDir, warm_start_config
+from asympo_megatron.errors import CheckpointError
+from asympo_megatron.launch.children import Child, Children, ChildDiedError, death_notice
+from asympo_megatron.launch.engines import asympo_command, engine_command, trainer_command
+from asympo_megatron.launch.lock import RunLock
+from asympo_megatron.launch.ports import check_port, free_port
+from asympo_megatron.mcore import newest_checkpoint
+from asympo_megatron.metrics import RunConsole
+from asympo_megatron.tasks import prepare_model_dir
+
+_POLL_S = 0.2
+_ROLE_ENV = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def run_local(config: Config, say: Callable[[str], None]) -> Path:
+    """Run a configuration to its end on this machine.
+
+    Args:
+        config: a checked configuration; ``rollout.engine_urls`` set means that engines already run elsewhere.
+        say: receives one-line messages for the person at the terminal.
+
+    Returns:
+        The run directory.
+
+    Raises:
+        ChildDiedError: a role ended too early; everything else has been stopped.
+    """
+    run_dir = RunDir.of(config)
+    lock = RunLock(run_dir)
+    try:
+        first = warm_start_config(config)
+        if first is not None:
+            config.model.init = str(_warm_start(first, say))
+        run_dir.create(config)
+        model_dir = prepare_model_dir(config, run_dir.path)
+        with _sigterm_as_interrupt():
+            _run_roles(config, run_dir, model_dir, say)
+    finally:
+        lock.release()
+    return run_dir.path
+
+
+def _warm_start(config: Config, say: Callable[[str], None]) -> Path:
+    """Complete the run that comes first; returns its last checkpoint. Already complete: nothing is done."""
+    run_dir = RunDir.of(config)
+    done = newest_checkpoint(run_dir.checkpoints)
+    if done is None or done.step < config.run.steps:
+        say(f"warm start: {config.run.steps} supervised steps ({run_dir.path})")
+        run_dir.create(config)
+        with _sigterm_as_interrupt():
+            _run_roles(config, run_dir, prepare_model_dir(config, run_dir.path), say)
+        done = newest_checkpoint(run_dir.checkpoints)
+    if done is None:
+        raise CheckpointError(f"the warm start left no checkpoint in {run_dir.checkpoints}; see {run_dir.logs}.")
+    return done.path
+
+
+def _run_roles(config: Config, run_dir: RunDir, model_dir: Path, say: Callable[[str], None]) -> None:
+    children = Children(run_dir.logs)
+    try:
+        overrides = [] if config.rollout.source == "supervised" else _start_rollout(config, run_dir, model_dir, children)
+        trainer = children.start("trainer", trainer_command(config, *overrides), _ROLE_ENV)
+        with RunConsole(config, run_dir.path) as console:
+            _watch(children, trainer, console)
+        say(f"trained to step {config.run.steps}")
+    finally:
+        children.stop()
+
+
+def _start_rollout(config: Config, run_dir: RunDir, model_dir: Path, children: Children) -> list[str]:
+    """Start engines and controller; returns the overrides that tell the trainer where they are."""
+    rollout = config.rollout
+    urls = list(rollout.engine_urls)
+    if rollout.source == "engines" and not urls:
+        for index in range(rollout.num_engines):
+            port = free_port(rollout.engine_host)
+            children.start(f"engine{index}", engine_command(config, model_dir, port), _ROLE_ENV)
+            urls.append(f"http://{rollout.engine_host}:{port}")
+    if rollout.controller_port:
+        check_port(rollout.controller_host, rollout.controller_port, "rollout.controller_port")
+    port = rollout.controller_port or free_port(rollout.controller_host)
+    where = [f"rollout.controller_port={port}", f"rollout.engine_urls=[{','.join(urls)}]"]
+    children.start("controller", asympo_command("control", str(run_dir.config), *where), _ROLE_ENV)
+    return [f"rollout.controller_url=http://{rollout.controller_host}:{port}"]
+
+
+def _watch(children: Children, trainer: Child, console: RunConsole) -> None:
+    """Return when the trainer has finished; raise as soon as any role ends otherwise."""
+    while True:
+        code = trainer.process.poll()
+        if code == 0:
+            children.forget(trainer)
+            console.update()
+            return
+        if code is not None:
+            raise ChildDiedError(death_notice(trainer, code))
+        children.check()
+        console.update()
+        time.sleep(_POLL_S)
+
+
+class _sigterm_as_interrupt:
+    """Inside, SIGTERM (a batch system's stop) ends the run like Ctrl-C does."""
+
+    def __enter__(self) -> None:
+        self._before = signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGTERM, self._before)
