@@ -32,6 +32,10 @@ class BatchError(AsympoError, ValueError):
     """Tensors of a batch that do not fit together."""
 
 
+class StatError(AsympoError, ValueError):
+    """Statistics of one name that differ in kind between micro-batches or ranks."""
+
+
 class PackingError(AsympoError, ValueError):
     """Responses that cannot be packed under the token budget."""
 
