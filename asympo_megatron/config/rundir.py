@@ -26,6 +26,10 @@ class RunDir:
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
+    def checkpoint(self, step: int) -> Path:
+        """Where the checkpoint of ``step`` lies once it is complete."""
+        return self.checkpoints / f"step_{step:06d}"
+
     @property
     def weights(self) -> Path:
         return self.path / "weights"

@@ -29,7 +29,7 @@ class ModelConfig:
     """Fields of a Hugging Face config.json (model_type, hidden_size, ...): the model when `path` is null; the
     tokenizer and vocab_size then come from the task."""
     init: str = "random"
-    """random | hf (weights of `path`) | a checkpoint directory of an earlier run."""
+    """random | hf (weights of `path`) | a checkpoint, or the checkpoints directory (its newest), of an earlier run."""
     dtype: str = "fp32"
     """fp32 | bf16."""
     init_std: float = 0.02

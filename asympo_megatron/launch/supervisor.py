@@ -12,12 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from asympo_megatron.config import Config, RunDir, warm_start_config
-from asympo_megatron.errors import CheckpointError
 from asympo_megatron.launch.children import Child, Children, ChildDiedError, death_notice
 from asympo_megatron.launch.engines import asympo_command, engine_command, trainer_command
 from asympo_megatron.launch.lock import RunLock
 from asympo_megatron.launch.ports import check_port, free_port
-from asympo_megatron.mcore import newest_checkpoint
 from asympo_megatron.metrics import RunConsole
 from asympo_megatron.tasks import prepare_model_dir
 
@@ -54,24 +52,22 @@ def run_local(config: Config, say: Callable[[str], None]) -> Path:
 
 
 def _warm_start(config: Config, say: Callable[[str], None]) -> Path:
-    """Complete the run that comes first; returns its last checkpoint. Already complete: nothing is done."""
+    """Complete the run that comes first; returns its checkpoints. Already complete: nothing is done."""
     run_dir = RunDir.of(config)
-    done = newest_checkpoint(run_dir.checkpoints)
-    if done is None or done.step < config.run.steps:
+    if not run_dir.checkpoint(config.run.steps).is_dir():
         say(f"warm start: {config.run.steps} supervised steps ({run_dir.path})")
         run_dir.create(config)
         with _sigterm_as_interrupt():
             _run_roles(config, run_dir, prepare_model_dir(config, run_dir.path), say)
-        done = newest_checkpoint(run_dir.checkpoints)
-    if done is None:
-        raise CheckpointError(f"the warm start left no checkpoint in {run_dir.checkpoints}; see {run_dir.logs}.")
-    return done.path
+    return run_dir.checkpoints
 
 
 def _run_roles(config: Config, run_dir: RunDir, model_dir: Path, say: Callable[[str], None]) -> None:
     children = Children(run_dir.logs)
     try:
-        overrides = [] if config.rollout.source == "supervised" else _start_rollout(config, run_dir, model_dir, children)
+        overrides = (
+            [] if config.rollout.source == "supervised" else _start_rollout(config, run_dir, model_dir, children)
+        )
         trainer = children.start("trainer", trainer_command(config, *overrides), _ROLE_ENV)
         with RunConsole(config, run_dir.path) as console:
             _watch(children, trainer, console)

@@ -1,0 +1,102 @@
+"""What each command does. Imports are local: `asympo report` must not load Megatron, `asympo control` no model."""
+
+import argparse
+import asyncio
+import logging
+
+from asympo_megatron.config import Config, RunDir, load_config
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from asympo_megatron.launch.supervisor import run_local
+    from asympo_megatron.metrics import write_report
+
+    config = _load(arguments)
+    path = run_local(config, say=lambda line: print(line, flush=True))
+    print(f"report: {write_report(path)}")
+    return 0
+
+
+def train(arguments: argparse.Namespace) -> int:
+    from asympo_megatron.launch.children import die_with_parent
+    from asympo_megatron.trainer.run import train as train_run
+
+    die_with_parent()
+    train_run(_load(arguments))
+    return 0
+
+
+def control(arguments: argparse.Namespace) -> int:
+    from asympo_megatron.rollout import serve_controller
+    from asympo_megatron.tasks import build_scorer, load_task, prepare_model_dir
+
+    config = _load(arguments)
+    run_dir = RunDir.of(config)
+    task = scorer = None
+    if config.rollout.source == "engines":
+        task = load_task(config, prepare_model_dir(config, run_dir.path))
+        scorer = build_scorer(config, task)
+    asyncio.run(
+        serve_controller(
+            config,
+            run_dir.path,
+            task,
+            scorer,
+            config.rollout.engine_urls,
+            host=config.rollout.controller_host,
+            port=config.rollout.controller_port,
+        )
+    )
+    return 0
+
+
+def engine(arguments: argparse.Namespace) -> int:
+    from asympo_megatron.engine import EngineOptions, serve
+    from asympo_megatron.tasks import prepare_model_dir
+
+    config = _load(arguments)
+    rollout = config.rollout
+    model_dir = prepare_model_dir(config, RunDir.of(config).path)
+    serve(
+        EngineOptions(
+            model_path=model_dir,
+            host=rollout.engine_host,
+            port=rollout.engine_port,
+            load_format="dummy",
+            api_key=rollout.engine_api_key,
+            max_running_requests=rollout.max_in_flight_per_engine,
+            context_length=rollout.sampling.max_prompt_tokens + rollout.sampling.max_new_tokens,
+            dtype=config.model.dtype,
+            seed=config.run.seed,
+        )
+    )
+    return 0
+
+
+def report(arguments: argparse.Namespace) -> int:
+    from asympo_megatron.metrics import write_report
+
+    print(write_report(arguments.run_dir))
+    return 0
+
+
+def journal(arguments: argparse.Namespace) -> int:
+    from asympo_megatron.rollout import describe_journal
+
+    print(describe_journal(RunDir(arguments.run_dir).journal))
+    return 0
+
+
+def doctor(arguments: argparse.Namespace) -> int:
+    from asympo_megatron.launch.doctor import describe_machine, describe_run
+
+    print(describe_machine())
+    if arguments.config:
+        print(describe_run(_load(arguments)))
+    return 0
+
+
+def _load(arguments: argparse.Namespace) -> Config:
+    config = load_config(arguments.config, arguments.overrides)
+    logging.getLogger().setLevel(config.logging.level)
+    return config

@@ -1,0 +1,65 @@
+"""The `asympo` command. It parses arguments and calls; nothing else."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from asympo_megatron.cli import commands
+from asympo_megatron.errors import AsympoError
+
+EXIT_BAD_INPUT = 2
+EXIT_FAILED = 1
+EXIT_INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0 done, 1 failed, 2 bad input, 130 interrupted."""
+    arguments = _parser().parse_args(argv)
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
+    command: Callable[[argparse.Namespace], int] = arguments.command
+    try:
+        return command(arguments)
+    except KeyboardInterrupt:
+        print("interrupted: everything is stopped; the same command resumes the run.", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except AsympoError as error:
+        print(f"asympo: {type(error).__name__}: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT if isinstance(error, ValueError) else EXIT_FAILED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="asympo", description="Asynchronous RL post-training on Megatron-Core without behavior-policy information."
+    )
+    verbs = parser.add_subparsers(required=True, metavar="COMMAND")
+    _role(verbs, "run", commands.run, "engines, controller and trainer on this machine, supervised")
+    _role(verbs, "train", commands.train, "the trainer alone (one rank, or started by torchrun)")
+    _role(verbs, "control", commands.control, "the controller alone")
+    _role(verbs, "engine", commands.engine, "one embedded engine (SGLang's protocol around a transformers model)")
+    for name, command, text in (
+        ("report", commands.report, "write RUN_DIR/report.html"),
+        ("journal", commands.journal, "what the journal of a run holds"),
+    ):
+        verb = verbs.add_parser(name, help=text, description=text)
+        verb.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+        verb.set_defaults(command=command)
+    doctor = verbs.add_parser("doctor", help="what is installed, and what a config would run")
+    doctor.add_argument("config", nargs="?", metavar="CONFIG")
+    doctor.add_argument("overrides", nargs="*", metavar="a.b=c")
+    doctor.set_defaults(command=commands.doctor)
+    return parser
+
+
+def _role(
+    verbs: argparse._SubParsersAction, name: str, command: Callable[[argparse.Namespace], int], text: str
+) -> None:
+    verb = verbs.add_parser(name, help=text, description=text)
+    verb.add_argument("config", metavar="CONFIG", help="YAML file or preset")
+    verb.add_argument("overrides", nargs="*", metavar="a.b=c", help="overrides, applied left to right")
+    verb.set_defaults(command=command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,85 @@
+"""`asympo train`: build everything a training run needs, in order, and run the loop."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from asympo_megatron.config import Config, RunDir
+from asympo_megatron.errors import ConfigError
+from asympo_megatron.mcore import Checkpoints, Layout, Learner, initialize, shutdown
+from asympo_megatron.metrics import MetricsWriter, build_sinks
+from asympo_megatron.objectives import build_objective
+from asympo_megatron.tasks import load_task, prepare_model_dir
+from asympo_megatron.trainer.client import ControllerClient
+from asympo_megatron.trainer.exchange import Exchange
+from asympo_megatron.trainer.loop import TrainingLoop
+from asympo_megatron.trainer.publisher import Publisher
+from asympo_megatron.trainer.rows import MetricsRows
+from asympo_megatron.trainer.sources import ControllerSource, LocalSource, Source
+
+log = logging.getLogger(__name__)
+
+
+def train(config: Config) -> None:
+    """Train ``config`` to ``run.steps``, resuming from the newest complete checkpoint of its run directory.
+
+    Raises:
+        AsympoError: see the message; checkpoints and journal are left so that the same command resumes.
+    """
+    run_dir = RunDir.of(config)
+    layout = initialize(config)
+    try:
+        exchange = Exchange(layout.rank, layout.world_size, layout.dp_rank)
+        model_dir = Path(exchange.from_rank0(lambda: str(prepare_model_dir(config, run_dir.path)), str))
+        learner = _learner(config, layout, model_dir)
+        checkpoints = Checkpoints(run_dir.checkpoints, config.checkpoint.keep_last)
+        _load_weights(config, learner, checkpoints)
+        source, publisher = _source(config, exchange, run_dir, model_dir)
+        TrainingLoop(config, learner, layout, source, publisher, checkpoints, _rows(config, layout, run_dir)).run()
+    finally:
+        shutdown()
+
+
+def _learner(config: Config, layout: Layout, model_dir: Path) -> Learner:
+    objective = build_objective(config.objective.name, **config.objective.options)
+    hf_config: dict[str, Any] = json.loads((model_dir / "config.json").read_text())
+    return Learner(config, hf_config, objective, layout)
+
+
+def _load_weights(config: Config, learner: Learner, checkpoints: Checkpoints) -> None:
+    """Resume this run, or start it from what model.init names."""
+    newest = checkpoints.newest() if config.checkpoint.resume else None
+    if newest is not None:
+        learner.load(newest)
+        log.info("resumed from %s at step %d", newest, learner.step_count)
+    elif config.model.init == "hf":
+        from asympo_megatron.conversion import load_hf
+
+        assert config.model.path is not None  # validate() saw to it
+        load_hf(learner, Path(config.model.path))
+    elif config.model.init != "random":
+        learner.load(Checkpoints.find(Path(config.model.init)), weights_only=True)
+
+
+def _source(config: Config, exchange: Exchange, run_dir: RunDir, model_dir: Path) -> tuple[Source, Publisher | None]:
+    rollout = config.rollout
+    if rollout.controller_url:
+        client = ControllerClient(rollout.controller_url, rollout.controller_token, rollout.engine_start_timeout_s)
+        publisher = None
+        if rollout.source == "engines":
+            publisher = Publisher(config, client, exchange, run_dir.weights, model_dir)
+        return ControllerSource(config, client, exchange), publisher
+    if rollout.source == "engines":
+        raise ConfigError(
+            "rollout.source=engines needs rollout.controller_url=http://HOST:PORT, the address of `asympo control`. "
+            "On one machine `asympo run` starts both."
+        )
+    task = load_task(config, model_dir) if rollout.source == "supervised" else None
+    return LocalSource(config, task), None
+
+
+def _rows(config: Config, layout: Layout, run_dir: RunDir) -> MetricsRows:
+    if layout.rank != 0:
+        return MetricsRows(None, [])
+    return MetricsRows(MetricsWriter(run_dir.metrics), build_sinks(config, run_dir.path))
