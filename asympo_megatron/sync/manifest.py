@@ -1,0 +1,129 @@
+"""What a published version contains: file sizes and digests, and the rules by which versions are found and removed."""
+
+import hashlib
+import re
+import shutil
+from collections.abc import Collection
+from pathlib import Path
+
+import msgspec
+
+from asympo_megatron.errors import PublishError
+
+MANIFEST_NAME = "manifest.json"
+_VERSION_NAME = re.compile(r"v(\d{6,})")
+_TEMPORARY_NAME = re.compile(r"\.v(\d{6,})\..*")
+_READ_BYTES = 1 << 20
+
+
+class FileEntry(msgspec.Struct, frozen=True):
+    """Size and digest of one file of a version."""
+
+    bytes: int
+    sha256: str
+
+
+class Manifest(msgspec.Struct, frozen=True):
+    """Everything needed to tell a complete version from a damaged one."""
+
+    version: int
+    step: int
+    checksum: str
+    """Checksum of the weights, as the trainer computes and logs it."""
+    files: dict[str, FileEntry]
+    format: int = 1
+
+
+def version_path(root: str | Path, version: int) -> Path:
+    """Directory of a version: ``root/vNNNNNN``."""
+    return Path(root) / f"v{version:06d}"
+
+
+def temporary_path(root: str | Path, version: int, suffix: str) -> Path:
+    """Directory in which a version is written before its rename; its name never looks like a version."""
+    return Path(root) / f".v{version:06d}.{suffix}"
+
+
+def list_versions(root: str | Path) -> list[int]:
+    """Versions under ``root`` that have a manifest, ascending."""
+    root = Path(root)
+    if not root.is_dir():
+        return []
+    matches = ((entry, _VERSION_NAME.fullmatch(entry.name)) for entry in root.iterdir())
+    return sorted(int(match[1]) for entry, match in matches if match and (entry / MANIFEST_NAME).is_file())
+
+
+def read_manifest(path: str | Path) -> Manifest:
+    """Read the manifest of one version directory.
+
+    Raises:
+        PublishError: no manifest, or one that cannot be parsed.
+    """
+    file = Path(path) / MANIFEST_NAME
+    try:
+        return msgspec.json.decode(file.read_bytes(), type=Manifest)
+    except OSError as error:
+        raise PublishError(
+            f"{path} has no readable {MANIFEST_NAME} ({error}): it is not a published version. Publish it again."
+        ) from error
+    except msgspec.DecodeError as error:
+        raise PublishError(f"{file} is damaged ({error}). Publish this version again.") from error
+
+
+def verify_version(path: str | Path) -> Manifest:
+    """Compare every file of a version with its manifest.
+
+    Raises:
+        PublishError: the message names the first file that is missing, or has another size or digest.
+    """
+    path = Path(path)
+    manifest = read_manifest(path)
+    for name, entry in manifest.files.items():
+        file = path / name
+        if not file.is_file():
+            raise PublishError(f"{file} is missing, though {MANIFEST_NAME} lists it. Publish this version again.")
+        size = file.stat().st_size
+        if size != entry.bytes:
+            raise PublishError(f"{file} has {size} bytes, expected {entry.bytes}. Publish this version again.")
+        digest = file_digest(file)
+        if digest != entry.sha256:
+            raise PublishError(
+                f"{file} has sha256 {digest[:16]}..., expected {entry.sha256[:16]}...: it was changed after it was "
+                "written. Check the file system and publish this version again."
+            )
+    return manifest
+
+
+def file_digest(file: Path) -> str:
+    """Hexadecimal sha256 of a file."""
+    digest = hashlib.sha256()
+    with file.open("rb") as data:
+        while block := data.read(_READ_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def prune_versions(root: str | Path, keep_last: int, in_use: Collection[int] = ()) -> list[int]:
+    """Remove old versions and abandoned temporaries.
+
+    The newest ``keep_last`` versions (at least one) and every version in ``in_use`` stay. A temporary directory is
+    abandoned when a version at least as new is complete: versions are never used twice.
+
+    Returns:
+        The versions removed.
+    """
+    root = Path(root)
+    versions = list_versions(root)
+    if not versions:
+        return []
+    removed = [version for version in versions[: -max(keep_last, 1)] if version not in in_use]
+    for version in removed:
+        # Renamed first: a removal cut short must not leave a directory that looks like a version.
+        doomed = temporary_path(root, version, "removed")
+        shutil.rmtree(doomed, ignore_errors=True)
+        version_path(root, version).rename(doomed)
+    for entry in root.iterdir():
+        match = _TEMPORARY_NAME.fullmatch(entry.name)
+        if match and int(match[1]) <= versions[-1]:
+            shutil.rmtree(entry, ignore_errors=True)
+    return removed
