@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from asympo_megatron.config import Config, RunDir, warm_start_config
-from asympo_megatron.launch.children import Child, Children, ChildDiedError, death_notice
+from asympo_megatron.launch.children import Child, ChildDiedError, Children, death_notice
 from asympo_megatron.launch.engines import asympo_command, engine_command, trainer_command
 from asympo_megatron.launch.lock import RunLock
 from asympo_megatron.launch.ports import check_port, free_port

@@ -5,7 +5,6 @@ lease(s) -> plan -> samples -> learner.step -> weights s + 1 -> publish -> check
 
 import logging
 import time
-from pathlib import Path
 
 from asympo_megatron import protocol
 from asympo_megatron.config import Config
