@@ -212,6 +212,8 @@ class CheckpointConfig:
 class LoggingConfig:
     sinks: list[str] = field(default_factory=list)
     """Beside metrics.jsonl: tensorboard | wandb | prometheus."""
+    prometheus_host: str = "127.0.0.1"
+    """Address of the prometheus sink; 0.0.0.0 lets other machines scrape it."""
     prometheus_port: int = 9400
     progress: bool = True
     level: str = "INFO"
