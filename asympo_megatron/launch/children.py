@@ -1,5 +1,6 @@
 """Child processes that never outlive their parent: start, watch, stop."""
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -13,7 +14,6 @@ from pathlib import Path
 from asympo_megatron.errors import AsympoError
 
 _PR_SET_PDEATHSIG = 1
-_STOP_GRACE_S = 10.0
 
 
 class ChildDiedError(AsympoError, RuntimeError):
@@ -38,8 +38,9 @@ def die_with_parent() -> None:
 class Children:
     """The roles of one run. Each is the leader of its own process group, so that its helpers stop with it."""
 
-    def __init__(self, logs: Path) -> None:
+    def __init__(self, logs: Path, grace_s: float = 10.0) -> None:
         self._logs = logs
+        self._grace_s = grace_s
         self._logs.mkdir(parents=True, exist_ok=True)
         self._children: list[Child] = []
 
@@ -79,7 +80,7 @@ class Children:
         """SIGTERM to all, SIGKILL to those that have not ended after a grace period; returns when all are gone."""
         for child in self._children:
             _signal_group(child, signal.SIGTERM)
-        deadline = time.monotonic() + _STOP_GRACE_S
+        deadline = time.monotonic() + self._grace_s
         for child in self._children:
             try:
                 child.process.wait(max(0.0, deadline - time.monotonic()))
@@ -104,7 +105,5 @@ def last_words(log: Path, lines: int = 12) -> str:
 
 
 def _signal_group(child: Child, number: signal.Signals) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):  # the whole group is gone
         os.killpg(child.process.pid, number)
-    except ProcessLookupError:
-        pass  # the whole group is gone

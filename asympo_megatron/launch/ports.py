@@ -24,5 +24,6 @@ def check_port(host: str, port: int, key: str) -> None:
             probe.bind((host, port))
         except OSError as error:
             raise ConfigError(
-                f"{host}:{port} cannot be bound ({error.strerror}). Set {key} to another port, or to 0 for any free one."
+                f"{host}:{port} cannot be bound ({error.strerror}). "
+                f"Set {key} to another port, or to 0 for any free one."
             ) from error

@@ -1,0 +1,117 @@
+"""Children: last words, process groups, and nothing left behind however the parent ends."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import psutil
+import pytest
+
+from asympo_megatron.config import RunDir, load_config
+from asympo_megatron.errors import ConfigError
+from asympo_megatron.launch.children import Children, ChildDiedError
+from asympo_megatron.launch.lock import RunLock
+from asympo_megatron.launch.ports import check_port, free_port
+
+SLEEP = "import time; time.sleep(600)"
+
+
+def wait_until(condition, timeout_s=20.0):
+    """Poll an outside fact (a process table) up to a deadline."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "condition did not come true in time"
+        time.sleep(0.02)
+
+
+def gone(pid: int) -> bool:
+    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+@pytest.fixture()
+def children(tmp_path):
+    children = Children(tmp_path / "logs", grace_s=0.5)
+    yield children
+    children.stop()
+
+
+def test_a_dead_child_is_reported_with_its_last_words(children):
+    child = children.start("engine0", [sys.executable, "-c", "print('out of sand'); raise SystemExit(3)"])
+    child.process.wait()
+    with pytest.raises(ChildDiedError, match=r"engine0 exited with code 3(.|\n)*out of sand"):
+        children.check()
+
+
+def test_a_killed_child_is_named_by_its_signal(children):
+    child = children.start("trainer", [sys.executable, "-c", SLEEP])
+    os.kill(child.process.pid, signal.SIGKILL)
+    child.process.wait()
+    with pytest.raises(ChildDiedError, match="trainer was killed by SIGKILL"):
+        children.check()
+
+
+def test_stop_takes_grandchildren_and_the_deaf(children):
+    deaf = textwrap.dedent(
+        f"""
+        import signal, subprocess, sys
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        grandchild = subprocess.Popen([sys.executable, "-c", {SLEEP!r}])
+        print(grandchild.pid, flush=True)
+        signal.pause()
+        """
+    )
+    child = children.start("controller", [sys.executable, "-c", deaf])
+    wait_until(lambda: child.log.read_text().strip().isdigit())
+    grandchild = int(child.log.read_text())
+    children.stop()
+    assert child.process.returncode == -signal.SIGKILL
+    wait_until(lambda: gone(grandchild))
+
+
+def test_children_die_with_a_killed_parent(tmp_path):
+    parent_code = textwrap.dedent(
+        f"""
+        import signal, sys
+        from pathlib import Path
+        from asympo_megatron.launch.children import Children
+        child = Children(Path({str(tmp_path)!r})).start("engine0", [sys.executable, "-c", {SLEEP!r}])
+        print(child.process.pid, flush=True)
+        signal.pause()
+        """
+    )
+    with subprocess.Popen([sys.executable, "-c", parent_code], stdout=subprocess.PIPE) as parent:
+        pid = int(parent.stdout.readline())
+        assert not gone(pid)
+        parent.kill()
+    wait_until(lambda: gone(pid))
+
+
+def test_a_run_directory_has_one_owner(tmp_path):
+    run_dir = RunDir(tmp_path / "run")
+    first = RunLock(run_dir)
+    with pytest.raises(ConfigError, match=r"in use.*run\.name"):
+        RunLock(run_dir)
+    first.release()
+    RunLock(run_dir).release()
+
+
+def test_a_taken_port_names_the_key_to_change():
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(ConfigError, match=r"rollout\.controller_port"):
+            check_port("127.0.0.1", taken.getsockname()[1], "rollout.controller_port")
+    check_port("127.0.0.1", free_port(), "rollout.controller_port")
+
+
+def test_run_dir_keeps_the_resolved_config(tmp_path):
+    config = load_config("quickstart", [f"run.root={tmp_path}", "run.seed=4"])
+    run_dir = RunDir.of(config)
+    run_dir.create(config)
+    assert load_config(run_dir.config) == config
+    assert sorted(p.name for p in run_dir.path.iterdir()) == ["config.yaml"]
