@@ -83,6 +83,6 @@ class NonFiniteLossError(AsympoError, ArithmeticError):
 def revive(kind: str, message: str) -> AsympoError:
     """The error that another process or rank reported by class name and message."""
     known = globals().get(kind)
-    if isinstance(known, type) and issubclass(known, AsympoError) and known.__init__ is Exception.__init__:
+    if isinstance(known, type) and issubclass(known, AsympoError) and "__init__" not in vars(known):
         return known(message)
     return ControllerError(message)

@@ -12,7 +12,7 @@ import pytest
 
 from asympo_megatron.config import RunDir, load_config
 from asympo_megatron.errors import ConfigError
-from asympo_megatron.launch.children import Children, ChildDiedError
+from asympo_megatron.launch.children import ChildDiedError, Children
 from asympo_megatron.launch.lock import RunLock
 from asympo_megatron.launch.ports import check_port, free_port
 
@@ -31,7 +31,7 @@ def gone(pid: int) -> bool:
     return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
-@pytest.fixture()
+@pytest.fixture
 def children(tmp_path):
     children = Children(tmp_path / "logs", grace_s=0.5)
     yield children
