@@ -8,7 +8,7 @@ from typing import Any
 from asympo_megatron.config import Config, RunDir
 from asympo_megatron.errors import ConfigError
 from asympo_megatron.mcore import Checkpoints, Layout, Learner, initialize, shutdown
-from asympo_megatron.metrics import MetricsWriter, build_sinks
+from asympo_megatron.metrics import MetricsWriter, open_sinks
 from asympo_megatron.objectives import build_objective
 from asympo_megatron.tasks import load_task, prepare_model_dir
 from asympo_megatron.trainer.client import ControllerClient
@@ -82,4 +82,4 @@ def _source(config: Config, exchange: Exchange, run_dir: RunDir, model_dir: Path
 def _rows(config: Config, layout: Layout, run_dir: RunDir) -> MetricsRows:
     if layout.rank != 0:
         return MetricsRows(None, [])
-    return MetricsRows(MetricsWriter(run_dir.metrics), build_sinks(config, run_dir.path))
+    return MetricsRows(MetricsWriter(run_dir.metrics), open_sinks(config, run_dir.path))
