@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch.distributed as dist
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -41,3 +42,24 @@ class ParallelGroups:
     @property
     def context_rank(self) -> int:
         return 0 if self.context is None else self.context.rank()
+
+
+SINGLE = ParallelGroups.single()
+"""The groups of one rank, as a default argument."""
+
+
+def sum_over(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Sum ``tensor`` over the ranks of ``group``, in place; nothing happens for None."""
+    return _all_reduce(tensor, dist.ReduceOp.SUM, group)
+
+
+def max_over(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Take the maximum of ``tensor`` over the ranks of ``group``, in place; nothing happens for None."""
+    return _all_reduce(tensor, dist.ReduceOp.MAX, group)
+
+
+def _all_reduce(tensor: Tensor, op: dist.ReduceOp.RedOpType, group: dist.ProcessGroup | None) -> Tensor:
+    # Every rank of the group holds the same shape, so all of them skip an empty tensor together.
+    if group is not None and tensor.numel():
+        dist.all_reduce(tensor, op=op, group=group)
+    return tensor
