@@ -1,0 +1,199 @@
+"""Checkpoints of the whole training state through Megatron's dist_checkpointing: any layout saves, any layout loads.
+
+A checkpoint is written under a temporary name, gets its ``complete`` marker last and is then renamed, so a directory
+of the final name is whole and a crash leaves only what the next save removes.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+from asympo_megatron.config import data_hash
+from asympo_megatron.errors import CheckpointError
+from asympo_megatron.mcore import distopt
+from asympo_megatron.mcore.model import policy_models
+
+if TYPE_CHECKING:
+    from asympo_megatron.mcore.learner import Learner
+
+MARKER = "complete"
+TEMPORARY = ".tmp"
+FORMAT = 1
+
+
+def save(learner: "Learner", directory: Path) -> None:
+    """Collective: write the learner's whole state to ``directory``.
+
+    Raises:
+        CheckpointError: on every rank; ``directory`` does not exist then.
+    """
+    temporary = directory.with_name(directory.name + TEMPORARY)
+    _on_rank0(learner, lambda: _prepare(directory, temporary))
+    problem = ""
+    try:
+        dist_checkpointing.save(_state(learner, loading=False), str(temporary))
+    except Exception as error:  # dist_checkpointing raises what its writer processes did
+        problem = f"{type(error).__name__}: {error}"
+    problems: list[str] = [""] * learner.layout.world_size
+    dist.all_gather_object(problems, problem)
+    failed = next((text for text in problems if text), "")
+    if failed:
+        _on_rank0(learner, lambda: shutil.rmtree(temporary, ignore_errors=True))
+        raise CheckpointError(f"{directory} could not be written: {failed}. Free some space, or set run.root elsewhere.")
+    _on_rank0(learner, lambda: _finish(temporary, directory, _marker(learner)))
+
+
+def load(learner: "Learner", directory: Path, *, weights_only: bool) -> None:
+    """Collective: read a checkpoint of any layout into the learner.
+
+    Raises:
+        CheckpointError: missing, incomplete, of another model, or unreadable.
+    """
+    marker = read_marker(directory)
+    _check_model(marker, learner, directory)
+    state = _state(learner, loading=True, weights_only=weights_only, same_layout=marker["layout"] == _layout(learner))
+    try:
+        loaded = dist_checkpointing.load(state, str(directory))
+    except Exception as error:
+        raise CheckpointError(f"{directory} could not be read: {type(error).__name__}: {error}") from error
+    models = list(policy_models(learner.chunks))
+    for key, model in zip(_model_keys(models), models, strict=True):
+        model.load_state_dict(loaded[key])
+    if weights_only:
+        learner.weights_changed()
+        return
+    distopt.load_state(learner.optimizer, loaded["optimizer"])
+    if "rng" in loaded:
+        _restore_rng(loaded["rng"])
+    learner.step_count = int(marker["step"])
+
+
+def read_marker(directory: Path) -> dict[str, Any]:
+    """The marker of a complete checkpoint.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if not directory.is_dir():
+        raise CheckpointError(f"checkpoint {directory} does not exist.")
+    try:
+        marker = json.loads((directory / MARKER).read_text())
+    except (OSError, ValueError):
+        raise CheckpointError(f"checkpoint {directory} is incomplete: it has no {MARKER!r} file. Use an older one.") from None
+    if marker.get("format") != FORMAT:
+        raise CheckpointError(f"checkpoint {directory} has format {marker.get('format')}, expected {FORMAT}.")
+    return marker
+
+
+def _state(learner: "Learner", *, loading: bool, weights_only: bool = False, same_layout: bool = True) -> dict[str, Any]:
+    metadata = {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "singleton_local_shards": False,
+        "chained_optim_avoid_prefix": True,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+    models = list(policy_models(learner.chunks))
+    for chunk in learner.chunks:
+        if chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)
+    state: dict[str, Any] = {
+        key: model.sharded_state_dict(metadata=metadata) for key, model in zip(_model_keys(models), models, strict=True)
+    }
+    if weights_only:
+        return state
+    distopt.prepare(learner.optimizer)
+    state["optimizer"] = learner.optimizer.sharded_state_dict(dict(state), is_loading=loading, metadata=metadata)
+    distopt.unshare_steps(learner.optimizer)
+    if same_layout:
+        layout = learner.layout
+        state["rng"] = ShardedObject("rng", _rng(), (layout.world_size,), (layout.rank,))
+    return state
+
+
+def _model_keys(models: list[Any]) -> list[str]:
+    return ["model"] if len(models) == 1 else [f"model{i}" for i in range(len(models))]
+
+
+def _rng() -> dict[str, Any]:
+    states = {"torch": torch.get_rng_state(), "tracker": tensor_parallel.get_cuda_rng_tracker().get_states()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def _restore_rng(states: dict[str, Any]) -> None:
+    torch.set_rng_state(states["torch"])
+    tensor_parallel.get_cuda_rng_tracker().set_states(states["tracker"])
+    if "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def _layout(learner: "Learner") -> dict[str, Any]:
+    return {**dataclasses.asdict(learner.config.parallel), "ranks": learner.layout.world_size}
+
+
+def _model(learner: "Learner") -> dict[str, Any]:
+    facts = dataclasses.asdict(learner.plan.facts)
+    return {**facts.pop("family"), **facts}
+
+
+def _marker(learner: "Learner") -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "step": learner.step_count,
+        "layout": _layout(learner),
+        "model": _model(learner),
+        "data_hash": data_hash(learner.config),
+    }
+
+
+def _check_model(marker: dict[str, Any], learner: "Learner", directory: Path) -> None:
+    saved, wanted = marker["model"], _model(learner)
+    for name, value in wanted.items():
+        if saved.get(name) != value:
+            raise CheckpointError(
+                f"checkpoint {directory} holds a model with {name}={saved.get(name)}, this run has {name}={value}. "
+                "Set model.path or model.hf to the model of the checkpoint."
+            )
+
+
+def _prepare(directory: Path, temporary: Path) -> None:
+    if directory.exists():
+        raise CheckpointError(f"{directory} exists already; a checkpoint is never overwritten.")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+
+
+def _finish(temporary: Path, directory: Path, marker: dict[str, Any]) -> None:
+    with (temporary / MARKER).open("w") as file:
+        json.dump(marker, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.rename(temporary, directory)
+    parent = os.open(directory.parent, os.O_RDONLY)
+    try:
+        os.fsync(parent)  # the rename itself must survive a power cut
+    finally:
+        os.close(parent)
+
+
+def _on_rank0(learner: "Learner", action: Callable[[], None]) -> None:
+    """Run file operations on one rank; if they fail, every rank raises."""
+    box = [""]
+    if learner.layout.rank == 0:
+        try:
+            action()
+        except OSError as error:  # CheckpointError is one, too
+            box = [str(error) or type(error).__name__]
+    dist.broadcast_object_list(box, src=0, device=learner.layout.device)
+    if box[0]:
+        raise CheckpointError(box[0])

@@ -1,0 +1,115 @@
+"""The checkpoints of a run: names, the newest complete one, and how many are kept."""
+
+import logging
+import re
+import shutil
+from pathlib import Path
+
+import torch.distributed as dist
+
+from asympo_megatron.errors import CheckpointError
+from asympo_megatron.mcore.checkpoint import TEMPORARY, read_marker
+from asympo_megatron.mcore.learner import Learner
+
+log = logging.getLogger(__name__)
+
+_NAME = re.compile(r"step_(\d{6,})$")
+
+
+class Checkpoints:
+    """Directories ``step_NNNNNN`` under one root.
+
+    Args:
+        root: e.g. RUN_DIR/checkpoints; every rank sees it (a shared file system on a cluster).
+        keep_last: complete checkpoints that stay.
+    """
+
+    def __init__(self, root: str | Path, keep_last: int) -> None:
+        self.root, self._keep_last = Path(root), keep_last
+
+    def save(self, learner: Learner) -> int:
+        """Collective: save the learner's state unless this step is saved already, then remove the oldest ones.
+
+        Returns:
+            Step of the oldest checkpoint that is kept.
+        """
+        directory = self.root / f"step_{learner.step_count:06d}"
+        if self._from_rank0(lambda: int(not _is_complete(directory))):
+            self._from_rank0(lambda: self._clear(directory))
+            learner.save(directory)
+        return self._from_rank0(self._prune)
+
+    def newest(self) -> Path | None:
+        """Collective: the newest complete checkpoint, or None. Incomplete ones are skipped with a warning."""
+        step = self._from_rank0(lambda: _newest_step(self.root))
+        return self.root / f"step_{step:06d}" if step >= 0 else None
+
+    @staticmethod
+    def find(path: str | Path) -> Path:
+        """A checkpoint itself, or the newest complete one inside a checkpoints (or run) directory.
+
+        Raises:
+            CheckpointError: nothing there can be loaded.
+        """
+        path = Path(path)
+        if not path.is_dir():
+            raise CheckpointError(f"checkpoint {path} does not exist. Check model.init.")
+        if _is_complete(path):
+            return path
+        for root in (path, path / "checkpoints"):
+            step = _newest_step(root)
+            if step >= 0:
+                return root / f"step_{step:06d}"
+        raise CheckpointError(f"{path} holds no complete checkpoint. Check model.init.")
+
+    def _clear(self, directory: Path) -> int:
+        shutil.rmtree(directory, ignore_errors=True)
+        return 0
+
+    def _prune(self) -> int:
+        """Remove what is not kept, and leftovers of interrupted saves."""
+        complete = [step for step, path in _steps(self.root) if _is_complete(path)]
+        for step in complete[: -self._keep_last]:
+            # Renamed first: a crash in the middle of the removal must not leave a checkpoint that looks whole.
+            doomed = self.root / f"step_{step:06d}{TEMPORARY}"
+            (self.root / f"step_{step:06d}").rename(doomed)
+        for leftover in self.root.glob(f"step_*{TEMPORARY}"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        return complete[-self._keep_last :][0]
+
+    @staticmethod
+    def _from_rank0(call) -> int:  # type: ignore[no-untyped-def]
+        """One rank looks at the file system, all ranks hear what it saw."""
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            return call()
+        box = [call() if dist.get_rank() == 0 else 0]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+
+def _steps(root: Path) -> list[tuple[int, Path]]:
+    found = ((_NAME.match(path.name), path) for path in root.glob("step_*"))
+    return sorted((int(match.group(1)), path) for match, path in found if match)
+
+
+def _is_complete(directory: Path) -> bool:
+    try:
+        read_marker(directory)
+    except CheckpointError:
+        return False
+    return True
+
+
+def _newest_step(root: Path) -> int:
+    """Newest complete step, or -1; warns about incomplete newer ones."""
+    partial: list[str] = []
+    newest = -1
+    for step, path in reversed(_steps(root)):
+        if _is_complete(path):
+            newest = step
+            break
+        partial.append(path.name)
+    if partial:
+        instead = f"using step_{newest:06d}" if newest >= 0 else "none older is complete"
+        log.warning("%s: %s is incomplete and skipped; %s", root, ", ".join(partial), instead)
+    return newest

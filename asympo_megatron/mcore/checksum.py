@@ -1,0 +1,68 @@
+"""A checksum of all weights that is the same in every layout that holds the same weights."""
+
+import hashlib
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+
+from asympo_megatron.mcore.shards import Shard
+
+CHUNK_ELEMENTS = 1 << 22
+"""Elements hashed at a time: three int64 buffers of 32 MiB each."""
+
+# Odd multipliers of splitmix64 as signed integers; int64 tensors wrap around exactly.
+_MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
+_MIX_2 = 0x94D049BB133111EB - (1 << 64)
+_GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
+
+_BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
+
+
+@torch.no_grad()
+def weights_checksum(shards: Iterable[Shard]) -> str:
+    """Collective: 16 hexadecimal digits that identify the weights bit by bit.
+
+    Every element contributes mix(bits, global name, global index), and contributions are summed modulo 2^64: the sum
+    knows neither order nor layout. Each global element is counted by exactly one rank, and one all-reduce of one
+    integer joins them.
+    """
+    total: Tensor | None = None
+    holds_replica = parallel_state.get_data_parallel_rank(with_context_parallel=True) > 0
+    for shard in shards:
+        if total is None:
+            total = torch.zeros((), dtype=torch.int64, device=shard.param.device)
+        replicated = shard.dim is None and shard.rank > 0
+        if not (holds_replica or replicated or shard.is_copy):
+            total += _shard_sum(shard)
+    assert total is not None
+    dist.all_reduce(total)
+    return f"{total.item() & (1 << 64) - 1:016x}"
+
+
+def _shard_sum(shard: Shard) -> Tensor:
+    param = shard.param.detach()
+    bits = param.view(_BITS[param.dtype]).reshape(param.shape[0], -1)
+    rows, columns = shard.rows(), shard.columns()
+    keep = int((rows < shard.true_rows).sum()) if shard.global_shape[0] != shard.true_rows else len(rows)
+    width = shard.global_shape[1] if param.dim() == 2 else 1
+    salt = int.from_bytes(hashlib.sha256(shard.name.encode()).digest()[:8], "big", signed=True)
+    total = torch.zeros((), dtype=torch.int64, device=param.device)
+    step = max(1, CHUNK_ELEMENTS // max(1, bits.shape[1]))
+    for start in range(0, keep, step):
+        stop = min(keep, start + step)
+        index = rows[start:stop, None] * width + columns
+        total += _mix(bits[start:stop].long() + _mix(index * _GOLDEN + salt)).sum()
+    return total
+
+
+def _mix(x: Tensor) -> Tensor:
+    """splitmix64's finaliser, with arithmetic shifts; in place, ``x`` is a temporary of the caller."""
+    x ^= x >> 30
+    x *= _MIX_1
+    x ^= x >> 27
+    x *= _MIX_2
+    x ^= x >> 31
+    return x

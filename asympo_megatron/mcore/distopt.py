@@ -1,0 +1,74 @@
+"""Optimizer state of torch's AdamW in Megatron's checkpoints: the four traps of Megatron-Core 0.16, in one file.
+
+Megatron's optimizers expect the state of Apex's or Transformer Engine's FusedAdam. torch's AdamW differs in that it
+creates its state lazily and keeps a ``step`` tensor for every parameter. Nothing here is done for other optimizers.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+
+def prepare(optimizer: Any) -> None:
+    """Call before ``sharded_state_dict``: create the state that AdamW would create in its first step.
+
+    ``DistributedOptimizer.state_dict`` asserts that the state exists, ``FP32Optimizer`` would save a step-0 checkpoint
+    without it.
+    """
+    for wrapper in _with_torch_adam(optimizer):
+        for group in wrapper.optimizer.param_groups:
+            for param in group["params"]:
+                if not wrapper.optimizer.state[param]:
+                    wrapper.optimizer.state[param] = {
+                        "step": torch.zeros((), dtype=torch.float32),
+                        "exp_avg": torch.zeros_like(param),
+                        "exp_avg_sq": torch.zeros_like(param),
+                    }
+
+
+@torch.no_grad()
+def load_state(optimizer: Any, state: Any) -> None:
+    """``optimizer.load_state_dict(state)``, right for torch's AdamW."""
+    adams = list(_with_torch_adam(optimizer))
+    for wrapper in adams:
+        if isinstance(wrapper, DistributedOptimizer):
+            # The inherited method copies every entry of the state, "step" too, which the checkpoint does not hold.
+            wrapper._set_main_param_and_optimizer_states = _Setter(wrapper)
+    try:
+        # Without no_grad: float32 main parameters are views of leaves, which autograd refuses to copy into.
+        optimizer.load_state_dict(state)
+    finally:
+        for wrapper in adams:
+            wrapper.__dict__.pop("_set_main_param_and_optimizer_states", None)
+    unshare_steps(optimizer)
+
+
+def unshare_steps(optimizer: Any) -> None:
+    """Give every parameter a ``step`` of its own: ``load_state_dict`` hands one tensor to all, and each adds to it."""
+    for wrapper in _with_torch_adam(optimizer):
+        for state in wrapper.optimizer.state.values():
+            if "step" in state:
+                state["step"] = state["step"].clone()
+
+
+class _Setter:
+    """Copy loaded tensors of one model parameter into the main parameter and the moments."""
+
+    def __init__(self, wrapper: Any) -> None:
+        self._wrapper = wrapper
+
+    def __call__(self, model_param: Any, tensors: dict[str, Any]) -> None:
+        inner = self._wrapper.optimizer
+        group, order = self._wrapper.model_param_group_index_map[model_param]
+        main = inner.param_groups[group]["params"][order]
+        for name, target in {"param": main, **inner.state[main]}.items():
+            if name != "step":
+                target.copy_(tensors[name])
+
+
+def _with_torch_adam(optimizer: Any) -> Iterator[Any]:
+    for wrapper in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if isinstance(getattr(wrapper, "optimizer", None), (torch.optim.AdamW, torch.optim.Adam)):
+            yield wrapper

@@ -1,0 +1,164 @@
+"""A Hugging Face config.json read into the few facts that decide a dense decoder."""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from asympo_megatron.errors import ConfigError, UnknownNameError
+
+LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+"""The constants that Megatron-Core's RotaryEmbedding._apply_scaling has built in."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """What distinguishes one family of dense decoders from another."""
+
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    head_dim: int | None = None
+    """Default of transformers when config.json has none; null: hidden_size / num_attention_heads."""
+
+
+FAMILIES = {
+    "qwen3": Family(qk_norm=True, head_dim=128),
+    "qwen2": Family(qkv_bias=True),
+    "llama": Family(),
+    "mistral": Family(),
+}
+
+_REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
+_OPTIONAL = (
+    "num_key_value_heads",
+    "head_dim",
+    "rms_norm_eps",
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
+    "tie_word_embeddings",
+    "max_position_embeddings",
+    "hidden_act",
+    "attention_bias",
+    "mlp_bias",
+    "sliding_window",
+    "use_sliding_window",
+    "partial_rotary_factor",
+)
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """One dense decoder: RMSNorm, SwiGLU, rotary positions, grouped-query attention.
+
+    Args:
+        rope_factor: factor of the llama3 rule, or None.
+        position_divisor: linear position interpolation, or None.
+        sliding_window: attention window in tokens, or None for full attention.
+    """
+
+    model_type: str
+    family: Family
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    ffn_size: int
+    norm_eps: float
+    tied: bool
+    max_positions: int
+    rope_theta: float
+    rope_factor: float | None
+    position_divisor: float | None
+    sliding_window: int | None
+
+
+def read_hf_config(hf: Mapping[str, Any]) -> ModelFacts:
+    """Read a config.json, of transformers 4 or 5, with the defaults transformers would use.
+
+    Raises:
+        UnknownNameError: a model_type without support.
+        ConfigError: a field that is missing, misspelt, contradictory, or asks for something unsupported.
+    """
+    model_type = str(hf.get("model_type", ""))
+    if model_type not in FAMILIES:
+        raise UnknownNameError("model_type of the Hugging Face config", model_type, FAMILIES)
+    _check_spelling(hf)
+    missing = [name for name in _REQUIRED if not isinstance(hf.get(name), int)]
+    if missing:
+        raise ConfigError(f"the Hugging Face config lacks {', '.join(missing)}. Set it in config.json, or model.hf.")
+    _check_supported(hf)
+    family = FAMILIES[model_type]
+    theta, factor, divisor = _rope(hf)
+    heads, hidden = hf["num_attention_heads"], hf["hidden_size"]
+    head_dim = hf.get("head_dim") or family.head_dim
+    if head_dim is None and hidden % heads:
+        raise ConfigError(f"hidden_size={hidden} is not divisible by num_attention_heads={heads}: set head_dim.")
+    kv_heads = hf.get("num_key_value_heads") or heads
+    if heads % kv_heads:
+        raise ConfigError(
+            f"num_attention_heads={heads} is not divisible by num_key_value_heads={kv_heads}: change one of them."
+        )
+    return ModelFacts(
+        model_type=model_type,
+        family=family,
+        vocab_size=hf["vocab_size"],
+        hidden_size=hidden,
+        num_layers=hf["num_hidden_layers"],
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim or hidden // heads,
+        ffn_size=hf["intermediate_size"],
+        norm_eps=float(hf.get("rms_norm_eps", 1e-6)),
+        tied=bool(hf.get("tie_word_embeddings", False)),
+        max_positions=int(hf.get("max_position_embeddings", 32768)),
+        rope_theta=theta,
+        rope_factor=factor,
+        position_divisor=divisor,
+        sliding_window=_sliding_window(hf),
+    )
+
+
+def _check_spelling(hf: Mapping[str, Any]) -> None:
+    """config.json has many fields that change nothing here, so only a near miss is an error."""
+    known = (*_REQUIRED, *_OPTIONAL)
+    for name in hf:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.9)
+        if name not in known and near and near[0] not in hf:
+            raise UnknownNameError("field of the Hugging Face config", name, known)
+
+
+def _check_supported(hf: Mapping[str, Any]) -> None:
+    for name, wanted in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
+        if hf.get(name, wanted) != wanted:
+            raise ConfigError(f"{name}={hf[name]!r} of the Hugging Face config is not supported; only {wanted!r} is.")
+    if hf.get("partial_rotary_factor", 1.0) not in (None, 1.0):
+        raise ConfigError(f"partial_rotary_factor={hf['partial_rotary_factor']} is not supported; only 1.0 is.")
+
+
+def _sliding_window(hf: Mapping[str, Any]) -> int | None:
+    # Qwen keeps sliding_window in the file and switches it with use_sliding_window; Mistral has no switch.
+    if hf["model_type"] != "mistral" and not hf.get("use_sliding_window", False):
+        return None
+    return hf.get("sliding_window", 4096)
+
+
+def _rope(hf: Mapping[str, Any]) -> tuple[float, float | None, float | None]:
+    """(theta, llama3 factor, linear divisor). transformers 5 keeps all of it under rope_parameters."""
+    rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
+    theta = float(rope.get("rope_theta") or hf.get("rope_theta") or 10000.0)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ConfigError(f"partial_rotary_factor={rope['partial_rotary_factor']} is not supported; only 1.0 is.")
+    if kind == "default":
+        return theta, None, None
+    if kind == "linear":
+        return theta, None, float(rope["factor"])
+    if kind != "llama3":
+        raise ConfigError(f"rope_type={kind!r} is not supported; default, linear and llama3 are.")
+    for name, built_in in LLAMA3_ROPE.items():
+        if float(rope.get(name, built_in)) != built_in:
+            raise ConfigError(f"rope_type=llama3 with {name}={rope[name]} is not supported: Megatron has {built_in}.")
+    return theta, float(rope["factor"]), None

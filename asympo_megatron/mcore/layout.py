@@ -1,0 +1,158 @@
+"""Process groups of a run: torch.distributed, Megatron's parallel_state, seeds. Built once, then plain data."""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from asympo_megatron.config import Config
+from asympo_megatron.errors import ConfigError
+from asympo_megatron.mcore import cpu
+from asympo_megatron.parallel import ParallelGroups
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where this rank stands, and with whom it talks.
+
+    Args:
+        groups: what objectives and reductions need; None stands for a group of one.
+        rank, world_size: of torch.distributed.
+        dp_rank, dp_size: which model replica this rank belongs to, of how many.
+        is_replica_source: True on the first rank of a replica, the one that fetches its tokens.
+        replica_group: all ranks of this replica (TP x PP x CP), or None if it is one rank.
+        reports: True on the one rank that writes metrics.
+        pad_multiple: packed sequences are padded to a multiple of this (zigzag chunks, sequence parallelism).
+        device: where tensors of this rank live.
+    """
+
+    groups: ParallelGroups
+    rank: int
+    world_size: int
+    dp_rank: int
+    dp_size: int
+    is_replica_source: bool
+    replica_group: dist.ProcessGroup | None
+    reports: bool
+    pad_multiple: int
+    device: torch.device
+
+
+def initialize(config: Config) -> Layout:
+    """Join torch.distributed (torchrun's environment, or alone) and build Megatron's process groups.
+
+    Gloo on CPU, NCCL where CUDA is available. Without CUDA the CPU backend is installed first.
+
+    Raises:
+        ConfigError: the number of ranks does not fit ``parallel``.
+    """
+    cpu.install()
+    from megatron.core import parallel_state, tensor_parallel
+
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    replica_size = _check_world_size(config, world_size)
+    device = _join(world_size)
+    parallel = config.parallel
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
+        context_parallel_size=parallel.context,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(config.run.seed + 1)
+    if device.type == "cpu":
+        # Indexed accumulation adds in thread order otherwise; resuming is bit for bit here.
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    return _layout(config, replica_size, device)
+
+
+def shutdown() -> None:
+    """Leave Megatron's groups and torch.distributed; safe to call when ``initialize`` failed half-way."""
+    from megatron.core import parallel_state
+
+    if parallel_state.is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _check_world_size(config: Config, world_size: int) -> int:
+    parallel = config.parallel
+    if parallel.expert > 1:
+        raise ConfigError(
+            f"parallel.expert is {parallel.expert}, but the supported model families are dense. Set parallel.expert=1."
+        )
+    replica_size = parallel.tensor * parallel.pipeline * parallel.context
+    if world_size % replica_size:
+        raise ConfigError(
+            f"{world_size} rank(s) cannot hold replicas of parallel.tensor={parallel.tensor} x "
+            f"parallel.pipeline={parallel.pipeline} x parallel.context={parallel.context} = {replica_size} ranks. "
+            f"Start a multiple of {replica_size} (torchrun --nproc-per-node), or lower one of the three."
+        )
+    return replica_size
+
+
+def _join(world_size: int) -> torch.device:
+    cuda = torch.cuda.is_available()
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    timeout = timedelta(minutes=30)
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if not dist.is_initialized():
+        if world_size == 1:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        else:
+            dist.init_process_group(backend, timeout=timeout)
+    return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+
+
+def _layout(config: Config, replica_size: int, device: torch.device) -> Layout:
+    from megatron.core import parallel_state as state
+
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    dp_rank, dp_size = state.get_data_parallel_rank(), state.get_data_parallel_world_size()
+    replica_group, is_source = _replica_group(rank, world_size, dp_rank, replica_size)
+    parallel = config.parallel
+    return Layout(
+        groups=ParallelGroups(
+            tensor=_unless_alone(state.get_tensor_model_parallel_group()),
+            context=_unless_alone(state.get_context_parallel_group()),
+            data_context=_unless_alone(state.get_data_parallel_group(with_context_parallel=True)),
+            pipeline=_unless_alone(state.get_pipeline_model_parallel_group()),
+        ),
+        rank=rank,
+        world_size=world_size,
+        dp_rank=dp_rank,
+        dp_size=dp_size,
+        is_replica_source=is_source,
+        replica_group=replica_group,
+        reports=rank == 0,
+        pad_multiple=(2 * parallel.context if parallel.context > 1 else 1)
+        * (parallel.tensor if parallel.sequence else 1),
+        device=device,
+    )
+
+
+def _replica_group(
+    rank: int, world_size: int, dp_rank: int, replica_size: int
+) -> tuple[dist.ProcessGroup | None, bool]:
+    """The group of ranks with one ``dp_rank``; Megatron has TP x PP and TP x CP, but not the three together."""
+    if replica_size == 1:
+        return None, True
+    dp_rank_of: list[int] = [0] * world_size
+    dist.all_gather_object(dp_rank_of, dp_rank)
+    mine: dist.ProcessGroup | None = None
+    first = rank
+    for replica in sorted(set(dp_rank_of)):
+        members = [other for other in range(world_size) if dp_rank_of[other] == replica]
+        group = dist.new_group(members)
+        if replica == dp_rank:
+            mine, first = group, members[0]
+    return mine, first == rank
+
+
+def _unless_alone(group: dist.ProcessGroup) -> dist.ProcessGroup | None:
+    return None if group.size() == 1 else group

@@ -1,0 +1,196 @@
+"""The learner: one policy in Megatron-Core, its optimizer and its step counter."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import tee
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from asympo_megatron.config import Config
+from asympo_megatron.errors import AsympoError, BatchError, NonFiniteLossError
+from asympo_megatron.mcore import checkpoint, cpu
+from asympo_megatron.mcore.checksum import weights_checksum
+from asympo_megatron.mcore.collate import MicroBatch, Row, check_rows, collate
+from asympo_megatron.mcore.layout import Layout
+from asympo_megatron.mcore.loss import COUNT, LOSS_SUM, RESPONSES, ForwardStep
+from asympo_megatron.mcore.model import build_chunks
+from asympo_megatron.mcore.model_config import plan_model
+from asympo_megatron.mcore.optimizer import Schedule, build_optimizer, wrap_ddp
+from asympo_megatron.mcore.shards import Shard, draw_initial_weights, shards
+from asympo_megatron.parallel import merge_stats, reduce_stats
+
+
+class Learner:
+    """Builds the model chunks of this rank and trains them. Every rank calls every method (all are collective).
+
+    Args:
+        config: of the run.
+        hf_config: fields of a Hugging Face config.json.
+        objective: ``objective(token_nll_T, batch, groups=...)``.
+        layout: what ``initialize`` returned.
+
+    Raises:
+        ConfigError, UnknownNameError: a model or layout that cannot work; the message names the value to change.
+    """
+
+    def __init__(
+        self, config: Config, hf_config: Mapping[str, Any], objective: Callable[..., Any], layout: Layout
+    ) -> None:
+        cpu.install()
+        self.config, self.hf_config, self.layout = config, dict(hf_config), layout
+        self.plan = plan_model(config, hf_config)
+        chunks = build_chunks(self.plan, config.rollout.sampling.temperature, layout.groups)
+        draw_initial_weights(
+            chunks,
+            self.plan.facts.vocab_size,
+            seed=config.run.seed,
+            std=config.model.init_std,
+            num_layers=self.plan.facts.num_layers,
+        )
+        self.chunks = wrap_ddp(config, self.plan.transformer, chunks)
+        self.optimizer = build_optimizer(config, self.chunks)
+        self.step_count = 0
+        self._schedule = Schedule(config, self.optimizer)
+        self._forward_step = ForwardStep(objective, layout.groups)
+        self._connect_schedule()
+
+    def step(self, microbatches: Sequence[Sequence[Row]], num_responses: int) -> dict[str, float]:
+        """One optimizer step on the global batch.
+
+        Args:
+            microbatches: the rows of this DP rank, the same on every rank of its replica; possibly none.
+            num_responses: N of the global batch over all DP ranks.
+
+        Returns:
+            Flat figures (loss, grad_norm, entropy, tokens, lr and what the objective reports), equal on every rank.
+
+        Raises:
+            BatchError: rows that cannot be trained on, or that do not add up to ``num_responses``; on every rank.
+            NonFiniteLossError: loss or gradient norm is NaN or infinite, on every rank; weights, optimizer state and
+                step counter are as before.
+        """
+        self._agree(self._problem(microbatches))
+        batches = [collate(rows, self.layout) for rows in self._full_waves(microbatches)]
+        figures = self._forward_backward(batches)
+        seen = int(figures.pop(RESPONSES))
+        if seen != num_responses:
+            raise BatchError(f"the micro-batches hold {seen} responses over all ranks, but num_responses={num_responses}.")
+        self.optimizer.prepare_grads()
+        grad_norm = float(self.optimizer.get_grad_norm())
+        self._refuse_non_finite(figures[LOSS_SUM], grad_norm)
+        self._schedule.set(self.step_count)
+        self.optimizer.step()
+        self.step_count += 1
+        count, loss_sum = figures.pop(COUNT), figures.pop(LOSS_SUM)
+        return {
+            **figures,
+            "loss": loss_sum / count if count else 0.0,
+            "grad_norm": grad_norm,
+            "lr": self.optimizer.param_groups[0]["lr"],
+        }
+
+    def shards(self) -> Iterator[Shard]:
+        """Every local parameter with its place in the global model; weights are current when this returns."""
+        for chunk in self.chunks:
+            if chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync(force_sync=True)  # the gather is otherwise deferred to the next forward
+        return shards(self.chunks, self.plan.facts.vocab_size)
+
+    def checksum(self) -> str:
+        """Checksum of all weights, the same in every layout that holds the same weights."""
+        return weights_checksum(self.shards())
+
+    def weights_changed(self) -> None:
+        """Call after writing into the parameters: the optimizer's float32 masters are copied from them again."""
+        self.optimizer.reload_model_params()
+
+    def save(self, directory: str | Path) -> None:
+        """Write a complete checkpoint to ``directory``, which must not exist yet.
+
+        Raises:
+            CheckpointError: it could not be written completely; nothing half-written is left under that name.
+        """
+        checkpoint.save(self, Path(directory))
+
+    def load(self, directory: str | Path, weights_only: bool = False) -> None:
+        """Continue from a checkpoint, or (``weights_only``) start anew from its weights. Any layout may load it.
+
+        Raises:
+            CheckpointError: missing, incomplete, or of another model.
+        """
+        checkpoint.load(self, Path(directory), weights_only=weights_only)
+
+    def _connect_schedule(self) -> None:
+        """Give Megatron's schedules the callbacks that they look up in the TransformerConfig."""
+        transformer, chunks = self.plan.transformer, self.chunks
+        transformer.finalize_model_grads_func = finalize_model_grads
+        transformer.grad_scale_func = self.optimizer.scale_loss
+        if chunks[0].ddp_config.overlap_grad_reduce:
+            no_sync = [chunk.no_sync for chunk in chunks]
+            transformer.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]
+
+    def _full_waves(self, microbatches: Sequence[Sequence[Row]]) -> Sequence[Sequence[Row]]:
+        """At least one micro-batch, and with interleaved stages a multiple of the stages, as their schedule demands."""
+        wave = self.config.parallel.pipeline if self.config.parallel.virtual_pipeline else 1
+        missing = max(wave - len(microbatches), 0) or -len(microbatches) % wave
+        return [*microbatches, *([()] * missing)]
+
+    def _problem(self, microbatches: Sequence[Sequence[Row]]) -> AsympoError | None:
+        try:
+            for rows in microbatches:
+                check_rows(rows, self.plan.facts.vocab_size, self.config.batch.max_tokens_per_microbatch)
+        except BatchError as error:
+            return error
+        return None
+
+    def _agree(self, problem: AsympoError | None) -> None:
+        """Raise on every rank if any rank has a problem: a rank alone in a collective would wait for ever."""
+        worst = torch.tensor([-1 if problem is None else self.layout.rank], device=self.layout.device)
+        dist.all_reduce(worst, dist.ReduceOp.MAX)
+        if problem is not None:
+            raise problem
+        if worst.item() >= 0:
+            raise BatchError(f"rank {worst.item()} refused its rows; its log has the reason.")
+
+    def _forward_backward(self, batches: list[MicroBatch]) -> dict[str, float]:
+        """Gradients of the global batch into the buffers; the reduced statistics, equal on every rank."""
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        iterators = list(tee(iter(batches), len(self.chunks)))
+        single = len(self.chunks) == 1
+        results = get_forward_backward_func()(
+            forward_step_func=self._forward_step,
+            data_iterator=iterators[0] if single else iterators,
+            model=self.chunks[0] if single else self.chunks,
+            num_microbatches=len(batches),
+            seq_length=self.config.batch.max_tokens_per_microbatch,
+            micro_batch_size=1,
+            forward_only=False,
+        )
+        return self._share(reduce_stats(merge_stats(results), self.layout.groups.data_context) if results else {})
+
+    def _share(self, figures: dict[str, float]) -> dict[str, float]:
+        """Statistics live on the last pipeline stage: bring them to the others."""
+        pipeline = self.layout.groups.pipeline
+        if pipeline is None:
+            return figures
+        box = [figures]
+        last = dist.get_process_group_ranks(pipeline)[-1]
+        dist.broadcast_object_list(box, src=last, group=pipeline, device=self.layout.device)
+        return box[0]
+
+    def _refuse_non_finite(self, loss_sum: float, grad_norm: float) -> None:
+        bad = torch.tensor([float(not (math.isfinite(loss_sum) and math.isfinite(grad_norm)))])
+        bad = bad.to(self.layout.device)
+        dist.all_reduce(bad, dist.ReduceOp.MAX)
+        if bad.item():
+            raise NonFiniteLossError(
+                f"step {self.step_count}: loss sum {loss_sum}, gradient norm {grad_norm}. The step was refused and the "
+                "weights kept. Lower optimizer.lr or optimizer.clip_grad, or raise the objective's nll_floor."
+            )

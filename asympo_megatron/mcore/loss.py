@@ -1,0 +1,62 @@
+"""Megatron's forward-step callback: model output -> objective -> the 3-tuple that makes 1/N exact.
+
+Axis suffixes: T local packed tokens.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from asympo_megatron.mcore.collate import MicroBatch
+from asympo_megatron.parallel import ParallelGroups, Stat
+
+Objective = Callable[..., Any]
+"""``objective(token_nll_T, batch, groups=...)`` -> ObjectiveOutput."""
+
+LOSS_SUM, COUNT, RESPONSES = "_loss_sum", "_normalizer", "_responses"
+"""Statistics the learner itself reads: the loss before division, its divisor, and the rows seen."""
+
+
+class ForwardStep:
+    """``forward_step_func`` of Megatron's schedules for one objective."""
+
+    def __init__(self, objective: Objective, groups: ParallelGroups) -> None:
+        self._objective, self._groups = objective, groups
+
+    def __call__(self, batches: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
+        batch = next(batches)
+        # Positions come from the packed lengths and the mask from causality inside each of them, hence the two None.
+        output = model(batch.tokens, None, None, labels=batch.targets, packed_seq_params=batch.packed)
+        return output, lambda nll_and_entropy_2T: self._loss(nll_and_entropy_2T, batch)
+
+    def _loss(self, nll_and_entropy_2T: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor, dict[str, Stat]]:
+        """(loss sum of the local tokens, count, statistics).
+
+        ``schedules.forward_step_calc_loss`` with ``calculate_per_token_loss`` divides by nothing and accumulates the
+        counts; ``finalize_model_grads`` divides the gradient, summed over DP x CP, by the counts summed over DP x CP.
+        The objective counts on one context-parallel rank only, so the divisor is exactly N.
+        """
+        token_nll_T, entropy_T = nll_and_entropy_2T.unbind(0)
+        out = self._objective(token_nll_T, batch.responses, groups=self._groups)
+        # Where no token is trained the loss must still reach every parameter: backward runs the same collectives.
+        loss_sum = out.loss_sum if out.loss_sum.requires_grad else token_nll_T.sum() * 0.0
+        count = out.normalizer_count.to(torch.int)
+        stats = {**out.metrics, **self._own_stats(loss_sum, count, entropy_T.detach(), batch)}
+        return loss_sum, count, stats
+
+    def _own_stats(
+        self, loss_sum: Tensor, count: Tensor, entropy_T: Tensor, batch: MicroBatch
+    ) -> Mapping[str, Stat]:
+        trained_T = batch.responses.response_ids_T >= 0
+        trained = trained_T.sum()
+        once = int(self._groups.context_rank == 0)
+        return {
+            LOSS_SUM: Stat.sum(loss_sum),
+            COUNT: Stat.sum(count),
+            RESPONSES: Stat.sum(torch.tensor(once * batch.responses.num_responses)),
+            "entropy": Stat.mean(torch.where(trained_T, entropy_T, 0.0).sum(), trained),
+            "trained_tokens": Stat.sum(trained),
+            "tokens": Stat.sum(torch.tensor(once * batch.real_tokens)),
+        }

@@ -1,0 +1,164 @@
+"""Hugging Face config + run configuration -> Megatron-Core's TransformerConfig, with every contradiction named."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from asympo_megatron.config import Config
+from asympo_megatron.errors import ConfigError
+from asympo_megatron.mcore.hf_config import ModelFacts, read_hf_config
+from asympo_megatron.mcore.overrides import build_megatron_config
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+_OWNED = {
+    "tensor_model_parallel_size": "parallel.tensor",
+    "pipeline_model_parallel_size": "parallel.pipeline",
+    "virtual_pipeline_model_parallel_size": "parallel.virtual_pipeline",
+    "context_parallel_size": "parallel.context",
+    "expert_model_parallel_size": "parallel.expert",
+    "sequence_parallel": "parallel.sequence",
+    "bf16": "model.dtype",
+    "params_dtype": "model.dtype",
+    "pipeline_dtype": "model.dtype",
+    "init_method_std": "model.init_std",
+    "calculate_per_token_loss": "objective.name",
+    "variable_seq_lengths": "batch.max_tokens_per_microbatch",
+    "defer_embedding_wgrad_compute": "objective.name",
+    "num_layers": "model.hf",
+    "hidden_size": "model.hf",
+    "num_attention_heads": "model.hf",
+    "num_query_groups": "model.hf",
+    "ffn_hidden_size": "model.hf",
+    "kv_channels": "model.hf",
+}
+"""Fields of TransformerConfig that must agree with the rest of the configuration, and the key that decides them."""
+
+_PIPELINE_SPLITS = (
+    "pipeline_model_parallel_layout",
+    "num_layers_in_first_pipeline_stage",
+    "num_layers_in_last_pipeline_stage",
+    "account_for_embedding_in_pipeline_split",
+)
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """What is needed to build the model.
+
+    Args:
+        facts: what the Hugging Face config says.
+        transformer: Megatron-Core's TransformerConfig.
+        padded_vocab_size: vocab_size rounded up to a multiple of parallel.tensor; the padding is never scored.
+    """
+
+    facts: ModelFacts
+    transformer: Any
+    padded_vocab_size: int
+
+
+def plan_model(config: Config, hf: Mapping[str, Any]) -> ModelPlan:
+    """Translate and check.
+
+    Raises:
+        ConfigError, UnknownNameError: the message names the value to change.
+    """
+    from megatron.core.transformer import TransformerConfig
+
+    facts = read_hf_config(hf)
+    _check_layout(config, facts)
+    tensor = config.parallel.tensor
+    base = {**_architecture(facts), **_parallel(config), **_numerics(config)}
+    transformer = build_megatron_config(TransformerConfig, "model.megatron", base, config.model.megatron, _OWNED)
+    return ModelPlan(facts, transformer, -(-facts.vocab_size // tensor) * tensor)
+
+
+def _architecture(facts: ModelFacts) -> dict[str, Any]:
+    return {
+        "num_layers": facts.num_layers,
+        "hidden_size": facts.hidden_size,
+        "num_attention_heads": facts.num_heads,
+        "num_query_groups": facts.num_kv_heads,
+        "kv_channels": facts.head_dim,
+        "ffn_hidden_size": facts.ffn_size,
+        "layernorm_epsilon": facts.norm_eps,
+        "qk_layernorm": facts.family.qk_norm,
+        "add_qkv_bias": facts.family.qkv_bias,
+        "normalization": "RMSNorm",
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "add_bias_linear": False,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+    }
+
+
+def _parallel(config: Config) -> dict[str, Any]:
+    parallel = config.parallel
+    virtual = parallel.virtual_pipeline is not None
+    return {
+        "tensor_model_parallel_size": parallel.tensor,
+        "pipeline_model_parallel_size": parallel.pipeline,
+        "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline,
+        "context_parallel_size": parallel.context,
+        "sequence_parallel": parallel.sequence,
+        # Packed micro-batches differ in length, so pipeline stages exchange shapes. TransformerConfig accepts that
+        # only with this dispatcher, dense models included.
+        "variable_seq_lengths": parallel.pipeline > 1,
+        "moe_token_dispatcher_type": "alltoall",
+        "overlap_p2p_comm": virtual,
+        "batch_p2p_comm": not virtual,
+        # Interleaved stages on gloo read outputs that were freed too early: wrong gradients without any error.
+        "deallocate_pipeline_outputs": not virtual or torch.cuda.is_available(),
+    }
+
+
+def _numerics(config: Config) -> dict[str, Any]:
+    dtype = DTYPES[config.model.dtype]
+    cuda = torch.cuda.is_available()
+    return {
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype == torch.bfloat16,
+        "init_method_std": config.model.init_std,
+        # loss_func returns sums and counts; finalize_model_grads divides once by the count of the global batch.
+        "calculate_per_token_loss": True,
+        "perform_initialization": False,  # weights are drawn by global name afterwards, alike in every layout
+        "use_cpu_initialization": not cuda,
+        "gradient_accumulation_fusion": False,
+        "persist_layer_norm": False,
+        "bias_activation_fusion": cuda,
+    }
+
+
+def _check_layout(config: Config, facts: ModelFacts) -> None:
+    parallel = config.parallel
+    tensor = parallel.tensor
+    for name, value in (
+        ("num_attention_heads", facts.num_heads),
+        ("num_key_value_heads", facts.num_kv_heads),
+        ("intermediate_size", facts.ffn_size),
+    ):
+        if value % tensor:
+            raise ConfigError(
+                f"{name}={value} of the model is not divisible by parallel.tensor={tensor}. "
+                f"Set parallel.tensor to a divisor of {value}."
+            )
+    stages = parallel.pipeline * (parallel.virtual_pipeline or 1)
+    own_split = any(name in config.model.megatron for name in _PIPELINE_SPLITS)
+    if facts.num_layers % stages and not own_split:
+        raise ConfigError(
+            f"num_hidden_layers={facts.num_layers} is not divisible by parallel.pipeline={parallel.pipeline} x "
+            f"parallel.virtual_pipeline={parallel.virtual_pipeline or 1}. Set them to a divisor, or split the layers "
+            "with model.megatron.num_layers_in_first_pipeline_stage."
+        )
+    budget = config.batch.max_tokens_per_microbatch
+    if facts.sliding_window is not None and facts.sliding_window < budget:
+        raise ConfigError(
+            f"sliding_window={facts.sliding_window} is not supported and could matter: a sequence may have up to "
+            f"batch.max_tokens_per_microbatch={budget} tokens. Lower that to {facts.sliding_window}, or set "
+            "sliding_window to null if the model was trained without it."
+        )
