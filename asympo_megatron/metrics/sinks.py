@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from asympo_megatron.config import Config
 from asympo_megatron.errors import ConfigError, UnknownNameError
+from asympo_megatron.metrics.secrets import without_secrets
 
 
 class Sink(Protocol):
@@ -52,7 +53,7 @@ class WandbSink:
             id=run_id,
             resume="allow",
             dir=str(run_dir),
-            config=asdict(config),
+            config=asdict(without_secrets(config)),
         )
         id_file.write_text(self._run.id)
         # An evaluation joins its step later, which wandb's own step counter refuses: "step" is the axis instead.

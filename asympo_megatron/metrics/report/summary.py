@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from asympo_megatron.metrics.console import clock_time
-from asympo_megatron.metrics.plots import lag_counts, times
-from asympo_megatron.metrics.rundata import RunData
+from asympo_megatron.metrics.report.asynchrony import lag_counts, times
+from asympo_megatron.metrics.report.rundata import RunData
 
 _ENDS = 10
 """Rewards at the start and the end are means over this many steps."""
@@ -61,7 +61,10 @@ def _outcome(run: RunData) -> str:
     reward = run.series("reward/mean")
     if len(reward.steps) >= 2 * _ENDS:
         first, last = reward.values[:_ENDS].mean(), reward.values[-_ENDS:].mean()
-        text += f" Mean training reward {_verb(first, last)} from {first:.2f} (first {_ENDS} steps) to {last:.2f} (last {_ENDS})."
+        text += (
+            f" Mean training reward {_verb(first, last)} from {first:.2f} (first {_ENDS} steps) "
+            f"to {last:.2f} (last {_ENDS})."
+        )
     return text
 
 
@@ -84,7 +87,10 @@ def _what_rl_did(run: RunData) -> str | None:
         "sampled answer copies the noise."
     )
     if accuracy.last > accuracy.first + 0.05:
-        text += " RL removed that noise: it concentrated the distribution on answers the policy already ranked first. It did not teach the task."
+        text += (
+            " RL removed that noise: it concentrated the distribution on answers the policy already ranked first. "
+            "It did not teach the task."
+        )
     return text
 
 
@@ -95,9 +101,12 @@ def _staleness(run: RunData) -> str | None:
     bound, counts = run.config.rollout.max_lag_steps, lag_counts(run)
     if bound == 0 and largest.values.max() == 0:
         return "Synchronous: every response was trained by the step whose weights sampled it."
-    text = f"Responses were on average {lag.mean:.2f} steps old when they were trained, {largest.values.max():.0f} at most (bound {bound})"
+    text = (
+        f"Responses were on average {lag.mean:.2f} steps old when they were trained, "
+        f"{largest.values.max():.0f} at most (bound {bound})"
+    )
     if counts.sum():
-        text += f"; {1 - counts[0] / counts.sum():.0%} of them were stale"
+        text += f"; {1 - counts[0] / counts.sum():.0%} of them came from older weights than the newest"
     over = run.series("lag/over_bound")
     if over and over.values.sum():
         text += f"; {over.values.sum():,.0f} exceeded the bound"
@@ -114,7 +123,7 @@ def _time(run: RunData) -> str | None:
         return None
     shares = sorted(((part.values.sum() / total, label) for label, _, part in parts), reverse=True)
     listed = ", ".join(f"{share:.0%} {label}" for share, label in shares if share >= 0.005)
-    return f"The trainer's steps took {clock_time(total)} (minutes:seconds) in all: {listed}."
+    return f"The trainer's steps took {total:,.0f} s in all: {listed}."
 
 
 def tiles(run: RunData) -> Iterator[tuple[str, str, str]]:
