@@ -3,7 +3,8 @@
 from asympo_megatron.tasks.codec import Codec
 from asympo_megatron.tasks.items import Prompt
 from asympo_megatron.tasks.model_dir import prepare_model_dir
+from asympo_megatron.tasks.rewards import Scorer, build_scorer
 from asympo_megatron.tasks.supervised import supervised_groups
 from asympo_megatron.tasks.task import Task, load_task
 
-__all__ = ["Codec", "Prompt", "Task", "load_task", "prepare_model_dir", "supervised_groups"]
+__all__ = ["Codec", "Prompt", "Scorer", "Task", "build_scorer", "load_task", "prepare_model_dir", "supervised_groups"]
