@@ -48,7 +48,7 @@ class RunConsole:
     def __enter__(self) -> "RunConsole":
         if self._enabled and self._console.is_terminal:
             self._live = Live(self._screen(), console=self._console, auto_refresh=False)
-            self._live.start()
+            self._live.start(refresh=True)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -75,6 +75,7 @@ class PrometheusSink:
         self._client = _import("prometheus_client", sink="prometheus")
         self._registry = self._client.CollectorRegistry()
         self._gauges: dict[str, Any] = {}
+        self._news = _News()
         host, port = config.logging.prometheus_host, config.logging.prometheus_port
         try:
             self._server, self._thread = self._client.start_http_server(port, addr=host, registry=self._registry)
@@ -90,7 +91,7 @@ class PrometheusSink:
         return self._server.server_port
 
     def write(self, row: Mapping[str, Any]) -> None:
-        for name, value in scalars(row).items():
+        for name, value in self._news.of(row).items():
             if name not in self._gauges:
                 metric = "asympo_" + "".join(c if c.isalnum() else "_" for c in name)
                 self._gauges[name] = self._client.Gauge(metric, name, registry=self._registry)

@@ -84,9 +84,7 @@ def trend(axes: Axes, line: Series, colour: str, label: str | None = None) -> No
 
 def steps_axis(axes: Axes, label: str = "optimizer step") -> None:
     axes.set_xlabel(label)
-    axes.xaxis.set_major_locator(
-        MaxNLocator(integer=True, nbins=10 if axes.figure.get_figwidth() > 8 else 7, steps=[1, 2, 2.5, 5, 10])
-    )
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, steps=[1, 2, 2.5, 5, 10]))
     axes.margins(x=0.01)
 
 
