@@ -110,7 +110,7 @@ SINKS: dict[str, Callable[[Config, Path], Sink]] = {
 }
 
 
-def build_sinks(config: Config, run_dir: str | Path) -> list[Sink]:
+def open_sinks(config: Config, run_dir: str | Path) -> list[Sink]:
     """The sinks that ``logging.sinks`` names, opened.
 
     Raises:

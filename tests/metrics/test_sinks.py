@@ -8,7 +8,7 @@ import pytest
 
 from asympo_megatron.config import load_config
 from asympo_megatron.errors import ConfigError, UnknownNameError
-from asympo_megatron.metrics import build_sinks
+from asympo_megatron.metrics import open_sinks
 from asympo_megatron.metrics.sinks import scalars
 
 ROWS = [
@@ -29,23 +29,23 @@ def test_scalars_leaves_out_what_is_no_number():
 
 
 def test_no_sink_by_default(tmp_path):
-    assert build_sinks(load_config("quickstart"), tmp_path) == []
+    assert open_sinks(load_config("quickstart"), tmp_path) == []
 
 
 def test_an_unknown_sink_names_the_nearest(tmp_path):
     with pytest.raises(UnknownNameError, match="did you mean 'wandb'"):
-        build_sinks(config_with("wandbb"), tmp_path)
+        open_sinks(config_with("wandbb"), tmp_path)
 
 
 @pytest.mark.parametrize(("sink", "module"), [("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb")])
 def test_a_missing_package_names_its_extra(tmp_path, monkeypatch, sink, module):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ConfigError, match=rf"asympo-megatron\[{sink}\]"):
-        build_sinks(config_with(sink), tmp_path)
+        open_sinks(config_with(sink), tmp_path)
 
 
 def test_prometheus_serves_the_newest_values(tmp_path):
-    (sink,) = build_sinks(config_with("prometheus", prometheus_port=0), tmp_path)
+    (sink,) = open_sinks(config_with("prometheus", prometheus_port=0), tmp_path)
     try:
         for row in ROWS:
             sink.write(row)
@@ -58,10 +58,10 @@ def test_prometheus_serves_the_newest_values(tmp_path):
 
 
 def test_a_taken_port_is_an_error_with_a_remedy(tmp_path):
-    (sink,) = build_sinks(config_with("prometheus", prometheus_port=0), tmp_path)
+    (sink,) = open_sinks(config_with("prometheus", prometheus_port=0), tmp_path)
     try:
         with pytest.raises(ConfigError, match=r"cannot be opened.*Set another port"):
-            build_sinks(config_with("prometheus", prometheus_port=sink.port), tmp_path)
+            open_sinks(config_with("prometheus", prometheus_port=sink.port), tmp_path)
     finally:
         sink.close()
 
@@ -75,7 +75,7 @@ def test_tensorboard_draws_each_value_once(tmp_path, monkeypatch):
     )
     module = types.SimpleNamespace(SummaryWriter=lambda log_dir: drawn.append(log_dir) or writer)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
-    (sink,) = build_sinks(config_with("tensorboard"), tmp_path)
+    (sink,) = open_sinks(config_with("tensorboard"), tmp_path)
     for row in ROWS:
         sink.write(row)
     sink.close()
@@ -109,11 +109,11 @@ def test_wandb_resumes_its_run_and_is_shown_no_secret(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     config = config_with("wandb")
     config.rollout.controller_token, config.rollout.engine_api_key = "sesame", "opener"
-    (first,) = build_sinks(config, tmp_path)
+    (first,) = open_sinks(config, tmp_path)
     for row in ROWS:
         first.write(row)
     first.close()
-    build_sinks(config, tmp_path)
+    open_sinks(config, tmp_path)
     assert [options["id"] for options in wandb.inits] == [None, "id1"]
     assert wandb.logged[-1] == {"step": 1, "eval/accuracy": 0.75, "eval/step": 1.0}
     assert "sesame" not in str(wandb.inits)
