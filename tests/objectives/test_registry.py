@@ -1,0 +1,116 @@
+"""Names, options, entry points, import paths and the public surface."""
+
+import subprocess
+import sys
+import types
+import warnings
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint
+
+import pytest
+
+import asympo_megatron
+from asympo_megatron.errors import ConfigError, UnknownNameError
+from asympo_megatron.objectives import GRPO, SPO, ASymPO, Reinforce, build_objective, registry
+
+
+@dataclass(frozen=True)
+class Halved(Reinforce):
+    factor: float = 0.5
+
+
+def test_names_and_options():
+    assert build_objective("asympo", nll_floor=0.05) == ASymPO(nll_floor=0.05)
+    assert build_objective("asympo_spo", negative_scale=0.1) == build_objective("spo", negative_scale=0.1)
+    assert isinstance(build_objective("spo"), SPO)
+    assert build_objective("sft").normalizer == "tokens"
+    assert build_objective("reinforce").normalizer == "responses"
+    assert build_objective("grpo").needs == {"behavior_logprob_T"}
+    assert build_objective("asympo").needs == frozenset()
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "error", "message"),
+    [
+        ("asymp", {}, UnknownNameError, r"unknown objective .*'asymp': did you mean 'asympo'\?"),
+        ("asympo", {"nll_flor": 1}, UnknownNameError, r"option of objective 'asympo' 'nll_flor': did you mean 'nll_fl"),
+        ("sft", {"scale": 1}, ConfigError, r"objective 'sft' takes no options; got 'scale'"),
+        (
+            "asympo",
+            {"nll_floor": 0},
+            ConfigError,
+            r"'asympo': nll_floor is 0; it must be a finite number greater than 0",
+        ),
+        ("asympo", {"nll_floor": "1e-3"}, ConfigError, r"nll_floor is '1e-3'; it must be a finite number"),
+        ("asympo", {"nll_floor": float("nan")}, ConfigError, r"nll_floor is nan"),
+        ("spo", {"negative_scale": -0.1}, ConfigError, r"negative_scale is -0.1; .* at least 0"),
+        ("spo", {"negative_scale": True}, ConfigError, r"negative_scale is True"),
+        ("grpo", {"clip_low": 1.5}, ConfigError, r"clip_low is 1.5; a ratio is never below 0"),
+        ("grpo", {"normalizer": "token"}, UnknownNameError, r"'token': did you mean 'tokens'"),
+        ("grpo", {"normalizer": "constant"}, ConfigError, r"normalizer='constant' needs constant_tokens"),
+        ("grpo", {"constant_tokens": 5}, ConfigError, r"the others refuse it"),
+        ("grpo", {"normalizer": "constant", "constant_tokens": 0}, ConfigError, r"constant_tokens is 0; .* at least 1"),
+        ("no_such_module_x:Thing", {}, ConfigError, r"cannot import no_such_module_x:Thing"),
+        ("asympo_megatron.errors:Nothing", {}, ConfigError, r"cannot import asympo_megatron.errors:Nothing"),
+        ("asympo_megatron.errors:ConfigError", {}, ConfigError, r"is no subclass of .*Objective"),
+        ("asympo_megatron.errors:ENTRY", {}, ConfigError, r"cannot import"),
+    ],
+)
+def test_refusals_name_the_remedy(name, options, error, message):
+    with pytest.raises(error, match=message):
+        build_objective(name, **options)
+
+
+def test_import_path(monkeypatch):
+    module = types.ModuleType("somebodys_objectives")
+    module.Halved = Halved
+    module.not_a_class = 3
+    monkeypatch.setitem(sys.modules, "somebodys_objectives", module)
+    assert build_objective("somebodys_objectives:Halved", factor=0.25) == Halved(factor=0.25)
+    with pytest.raises(ConfigError, match="is no subclass"):
+        build_objective("somebodys_objectives:not_a_class")
+
+
+def test_entry_point(monkeypatch):
+    module = types.ModuleType("somebodys_plugin")
+    module.Halved = Halved
+    monkeypatch.setitem(sys.modules, "somebodys_plugin", module)
+    installed = [EntryPoint("halved", "somebodys_plugin:Halved", registry.ENTRY_POINT_GROUP)]
+    monkeypatch.setattr(
+        registry, "entry_points", lambda group: installed if group == registry.ENTRY_POINT_GROUP else []
+    )
+    assert build_objective("halved") == Halved()
+    with pytest.raises(UnknownNameError, match="did you mean 'halved'"):
+        build_objective("halve")
+
+
+def test_token_mean_warns_once_at_build():
+    with pytest.warns(UserWarning, match="weights every response by its length") as caught:
+        build_objective("grpo", normalizer="tokens")
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        GRPO()
+
+
+def test_public_surface_is_lazy_and_works_without_megatron_and_sglang():
+    program = """
+import sys
+for blocked in ("megatron", "sglang", "transformers"):
+    sys.modules[blocked] = None
+import asympo_megatron
+assert "torch" not in sys.modules
+from asympo_megatron import (
+    build_objective, OBJECTIVES, ASymPO, SPO, ResponseBatch, ObjectiveOutput, ParallelGroups, token_nll)
+assert isinstance(build_objective("asympo"), ASymPO) and OBJECTIVES["spo"] is SPO
+assert callable(token_nll) and ParallelGroups.single().context_size == 1
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_public_names():
+    assert set(asympo_megatron.__all__) <= set(dir(asympo_megatron))
+    assert asympo_megatron.SPO is SPO
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = asympo_megatron.nothing
