@@ -167,7 +167,7 @@ class TaskConfig:
     options: dict[str, Any] = field(default_factory=dict)
     """reasoning_gym: configuration of the data set."""
     size: int = 100_000
-    """reasoning_gym: distinct prompts before an epoch ends; the held-out ones are never among them."""
+    """reasoning_gym: questions drawn from the data set; those that are distinct and not held out make an epoch."""
     path: str | None = None
     """jsonl: file of prompts."""
     prompt_field: str = "prompt"
@@ -175,6 +175,7 @@ class TaskConfig:
     eval_path: str | None = None
     """jsonl: file of held-out prompts; null: eval_fraction of `path`."""
     eval_fraction: float = 0.05
+    """Share of the questions that is held out; which ones depends on their text alone."""
     seed: int = 0
     shuffle: bool = True
     system_prompt: str | None = None
