@@ -67,10 +67,15 @@ def digest(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
 
 
+def same_side(text: str) -> str:
+    """What near copies of a question share: its words, letter case aside."""
+    return " ".join(text.casefold().split())
+
+
 def is_held_out(text: str, fraction: float) -> bool:
     """Whether a question belongs to the held-out split.
 
     It depends on nothing but the question, so that a warm start and the run after it, whatever their seeds and sizes,
     hold out the same questions. Letter case and white space do not count: near copies fall on one side.
     """
-    return digest("held-out " + " ".join(text.casefold().split())) < int(fraction * 2**64)
+    return digest("held-out " + same_side(text)) < int(fraction * 2**64)

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from asympo_megatron.config import Config
-from asympo_megatron.errors import TaskError
+from asympo_megatron.config.schema import TaskConfig
+from asympo_megatron.errors import ConfigError, TaskError
 from asympo_megatron.tasks.codec import Codec
-from asympo_megatron.tasks.items import Item, Prompt, Source, is_held_out
+from asympo_megatron.tasks.items import Item, Prompt, Source, is_held_out, same_side
 from asympo_megatron.tasks.jsonl import JsonlSource
 from asympo_megatron.tasks.sources import open_source
 from asympo_megatron.tasks.stream import Order, PromptStream
@@ -83,14 +84,15 @@ def load_task(config: Config, model_dir: str | Path) -> Task:
     Raises:
         TaskError: no data, no tokenizer, or no prompt left.
     """
+    _check_split(config.task)
     codec = Codec.load(config, Path(model_dir))
     source = open_source(config.task)
     refusal = _Refusal(config, codec)
     if config.task.eval_path:
         held = PromptStream(JsonlSource(config.task, config.task.eval_path), lambda _: True, refusal.without_labels)
         held.fill_held_out(len(held.source) + 1)
-        known = {" ".join(item.text.casefold().split()) for item in held.held_out}
-        train = PromptStream(source, lambda text: " ".join(text.casefold().split()) in known, refusal)
+        known = {same_side(item.text) for item in held.held_out}
+        train = PromptStream(source, lambda text: same_side(text) in known, refusal)
     else:
         fraction = config.task.eval_fraction
         train = held = PromptStream(source, lambda text: is_held_out(text, fraction), refusal)
@@ -100,6 +102,13 @@ def load_task(config: Config, model_dir: str | Path) -> Task:
             f"{config.rollout.sampling.max_prompt_tokens}), lower task.eval_fraction, or check the data."
         )
     return Task(codec, source, train, held, Order(train, config.task.seed, config.task.shuffle))
+
+
+def _check_split(task: TaskConfig) -> None:
+    if not 0 <= task.eval_fraction < 1:
+        raise ConfigError(f"task.eval_fraction is {task.eval_fraction}; it is a share of the prompts, 0 <= share < 1.")
+    if task.eval_path and task.kind != "jsonl":
+        raise ConfigError(f"task.eval_path works with task.kind=jsonl; {task.kind} holds out task.eval_fraction.")
 
 
 class _Refusal:
