@@ -1,0 +1,155 @@
+"""The body of SGLang's ``/generate``: what is sent, and the answer checked against what was asked."""
+
+import re
+from collections.abc import Container
+from dataclasses import dataclass
+
+import msgspec
+
+from asympo_megatron.errors import EngineError, TaskError
+from asympo_megatron.records import VersionSpan
+
+
+class SamplingParams(msgspec.Struct, frozen=True):
+    """The sampling fields that are sent; an engine refuses names it does not know."""
+
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    stop_token_ids: list[int]
+    skip_special_tokens: bool = False
+
+
+class GenerateRequest(msgspec.Struct, frozen=True):
+    """One response to sample."""
+
+    rid: str
+    input_ids: list[int]
+    sampling_params: SamplingParams
+    extra_key: str
+    """Prefix-cache key, the weight version at dispatch: without it a request that starts after an in-place update
+    reuses keys and values of the old weights, and the engine labels the result with the new version."""
+    return_logprob: bool = False
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A checked answer. ``finish_reason`` abort: the response goes on from ``ids``, on this engine or another."""
+
+    ids: list[int]
+    versions: list[VersionSpan]
+    finish_reason: str
+    logprobs: list[float] | None
+
+
+class _Finish(msgspec.Struct):
+    type: str
+
+
+class _Span(msgspec.Struct):
+    version: str
+    start: int
+    end: int
+
+
+class _Meta(msgspec.Struct):
+    id: str
+    finish_reason: _Finish
+    weight_versions: list[_Span] | None = None
+    output_token_logprobs: list[tuple[float, int, str | None]] | None = None
+
+
+class _Body(msgspec.Struct):
+    output_ids: list[int]
+    meta_info: _Meta
+
+
+_DECODER = msgspec.json.Decoder(_Body)
+_FINISH_REASONS = ("stop", "length", "abort")
+
+
+def request_id(run_id: str, incarnation: int, group: str, row: int, attempt: int) -> str:
+    """``run.incarnation.group.response.attempt.``: engines abort by prefix, so every part is of fixed width and ended
+    by a dot, and no part holds one."""
+    return f"{run_prefix(run_id)}{incarnation:06d}.{group}.{row:04d}.{attempt:04d}."
+
+
+def run_prefix(run_id: str) -> str:
+    """The prefix of every request of a run."""
+    return re.sub(r"[^A-Za-z0-9_-]", "_", run_id) + "."
+
+
+def check_prompt(ids: list[int], vocab_size: int, what: str) -> None:
+    """Refuse a prompt that no engine may see: an id outside the vocabulary kills a real server.
+
+    Raises:
+        TaskError: empty, or an id outside of [0, vocab_size).
+    """
+    if not ids:
+        raise TaskError(f"{what} has no token; a prompt needs at least one.")
+    if min(ids) < 0 or max(ids) >= vocab_size:
+        bad = next(token for token in ids if not 0 <= token < vocab_size)
+        raise TaskError(
+            f"{what} holds token id {bad}, outside the vocabulary of {vocab_size}. It was not sent, because such an id "
+            "kills an engine: check that task and model share the tokenizer."
+        )
+
+
+def parse_answer(body: bytes, request: GenerateRequest, vocab_size: int, known: Container[int]) -> Answer:
+    """Check an answer against its request.
+
+    Args:
+        body: JSON as it came.
+        request: what was asked.
+        vocab_size: bound of token ids.
+        known: published weight versions.
+
+    Raises:
+        EngineError: the message says which property does not hold.
+    """
+    try:
+        decoded = _DECODER.decode(body)
+    except msgspec.DecodeError as error:
+        raise EngineError(f"answer is not of the expected form ({error}): {body[:120]!r}") from error
+    ids, meta = decoded.output_ids, decoded.meta_info
+    if meta.id != request.rid:
+        raise EngineError(f"answer carries request id {meta.id!r}, asked was {request.rid!r}")
+    if meta.finish_reason.type not in _FINISH_REASONS:
+        raise EngineError(f"finish_reason is {meta.finish_reason.type!r}, expected one of {', '.join(_FINISH_REASONS)}")
+    if len(ids) > request.sampling_params.max_new_tokens:
+        raise EngineError(f"answer has {len(ids)} tokens, asked were at most {request.sampling_params.max_new_tokens}")
+    if not ids and meta.finish_reason.type != "abort":
+        raise EngineError(f"answer has no token although it finished by {meta.finish_reason.type}")
+    if ids and (min(ids) < 0 or max(ids) >= vocab_size):
+        raise EngineError(f"answer holds a token id outside the vocabulary of {vocab_size}")
+    return Answer(ids, _spans(meta, len(ids), known), meta.finish_reason.type, _logprobs(meta, ids, request))
+
+
+def _spans(meta: _Meta, size: int, known: Container[int]) -> list[VersionSpan]:
+    if meta.weight_versions is None:
+        raise EngineError("answer has no meta_info.weight_versions; it takes an engine with them (SGLang 0.5.23)")
+    spans, end = [], 0
+    for span in meta.weight_versions:
+        if span.start != end or span.end < span.start:
+            raise EngineError(f"weight_versions has a gap or an overlap at token {span.start}, expected {end}")
+        end = span.end
+        if not span.version.isdecimal() or int(span.version) not in known:
+            raise EngineError(
+                f"weight version {span.version!r} was never published by this run: the engine restarted, or someone "
+                "else changed its weights"
+            )
+        if span.end > span.start:
+            spans.append(VersionSpan(int(span.version), span.start, span.end))
+    if end != size:
+        raise EngineError(f"weight_versions covers {end} of {size} tokens")
+    return spans
+
+
+def _logprobs(meta: _Meta, ids: list[int], request: GenerateRequest) -> list[float] | None:
+    if not request.return_logprob:
+        return None
+    found = meta.output_token_logprobs
+    if found is None or [token for _, token, _ in found] != ids:
+        raise EngineError("output_token_logprobs does not match output_ids")
+    return [logprob for logprob, _, _ in found]

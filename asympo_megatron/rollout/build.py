@@ -1,0 +1,222 @@
+"""Putting a controller together, and running it."""
+
+import asyncio
+import logging
+import signal
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from aiohttp import web
+
+from asympo_megatron.config import Config, RunDir, data_hash
+from asympo_megatron.errors import AsympoError, ConfigError, ControllerError
+from asympo_megatron.rollout.admission import LagRule
+from asympo_megatron.rollout.answer import run_prefix
+from asympo_megatron.rollout.api import build_app
+from asympo_megatron.rollout.bell import Background, Bell
+from asympo_megatron.rollout.client import EngineClient
+from asympo_megatron.rollout.controller import Controller, Parts
+from asympo_megatron.rollout.evaluator import Evaluator, evaluation_due
+from asympo_megatron.rollout.fleet import Fleet
+from asympo_megatron.rollout.interfaces import Scorer, Task
+from asympo_megatron.rollout.journal import Journal
+from asympo_megatron.rollout.ledger import Ledger
+from asympo_megatron.rollout.replay import ReplaySampler
+from asympo_megatron.rollout.requester import Requester
+from asympo_megatron.rollout.sampler import GroupSampler
+from asympo_megatron.rollout.syncer import Syncer, SyncOptions
+from asympo_megatron.rollout.targets import Targets
+
+log = logging.getLogger(__name__)
+_FAILURE_TOLD_S = 5.0
+"""How long a failed controller stays up so that the trainer hears why."""
+
+
+def build_controller(
+    config: Config,
+    run_dir: Path,
+    task: Task | None,
+    scorer: Scorer | None,
+    engine_urls: Sequence[str] = (),
+    *,
+    verify: Callable[[Path], object] | None = None,
+    behavior_logprobs: bool | None = None,
+    backoff_s: float = 0.5,
+) -> Controller:
+    """A controller on the journal of ``run_dir``, not started yet. Needs a running event loop.
+
+    Args:
+        config: a checked configuration with rollout.source engines or replay.
+        run_dir: holds journal.sqlite.
+        task, scorer: prompts and rewards; None for replay.
+        engine_urls: engines to begin with.
+        verify: checks a published weight directory; by default its manifest.
+        behavior_logprobs: ask engines for log-probs; by default when the objective needs them.
+        backoff_s: first pause after an engine failed.
+
+    Raises:
+        JournalError: the journal is in use, or belongs to another run.
+        RecordError: the replay file is missing or malformed.
+    """
+    journal = Journal(RunDir(run_dir).journal, config.run.name, data_hash(config))
+    try:
+        return _assemble(config, journal, task, scorer, engine_urls, verify, behavior_logprobs, backoff_s)
+    except BaseException:
+        journal.close()
+        raise
+
+
+def _assemble(
+    config: Config,
+    journal: Journal,
+    task: Task | None,
+    scorer: Scorer | None,
+    engine_urls: Sequence[str],
+    verify: Callable[[Path], object] | None,
+    behavior_logprobs: bool | None,
+    backoff_s: float,
+) -> Controller:
+    rollout, bell, ledger = config.rollout, Bell(), Ledger(journal)
+    background = Background(bell)
+    policy = "admission" if rollout.source == "replay" else rollout.lag_policy
+    rule = LagRule(config.batch.groups_per_step, rollout.max_lag_steps, config.run.steps, policy)
+    fleet = Fleet(rollout.max_in_flight_per_engine, config.batch.group_size, bell)
+    targets = _targets(config, journal, ledger)
+    common = (config, data_hash(config), journal, ledger, rule, fleet, targets, bell, background)
+    if rollout.source == "replay":
+        return Controller(Parts(*common, ReplaySampler(config, ledger, rule, bell), None, None, None), [])
+    if rollout.source != "engines" or task is None or scorer is None:
+        raise ConfigError(f"rollout.source={rollout.source} needs no controller. Set rollout.controller_url=null.")
+
+    def may_sample(group_id: int) -> bool:
+        step = fleet.step
+        return step is not None and rule.may_sample(step, ledger.groups.position(group_id))
+
+    requester = Requester(
+        fleet,
+        bell,
+        may_sample,
+        ledger.versions,
+        task.codec.vocab_size,
+        lambda: (config.run.name, journal.incarnation),
+        logprobs=_needs_logprobs(config) if behavior_logprobs is None else behavior_logprobs,
+    )
+    options = SyncOptions(
+        run_prefix=run_prefix(config.run.name),
+        pause_mode=config.sync.pause_mode,
+        timeout_s=config.sync.timeout_s,
+        start_timeout_s=rollout.engine_start_timeout_s,
+        health_interval_s=rollout.engine_timeout_s / 4,
+        backoff_s=backoff_s,
+    )
+    syncer = Syncer(fleet, targets, options, verify or _verify_version, _connector(config), bell, background)
+    sampler = GroupSampler(config, task, scorer, ledger, rule, lambda: fleet.step, requester, fleet, bell, background)
+    evaluator = Evaluator(config, task, scorer, requester, fleet, targets, journal, bell)
+    return Controller(Parts(*common, sampler, syncer, requester, evaluator), list(engine_urls))
+
+
+async def serve_controller(
+    config: Config,
+    run_dir: Path,
+    task: Task | None,
+    scorer: Scorer | None,
+    engine_urls: Sequence[str] = (),
+    *,
+    host: str,
+    port: int,
+    on_ready: Callable[[str], None] | None = None,
+) -> None:
+    """Run the controller until SIGTERM, SIGINT or cancellation.
+
+    Args:
+        config, run_dir, task, scorer, engine_urls: see :func:`build_controller`.
+        host, port: where to listen; port 0 takes any.
+        on_ready: called with the url once calls are answered.
+
+    Raises:
+        ControllerError: the port is in use, or background work failed; a waiting trainer was told why.
+    """
+    controller = build_controller(config, run_dir, task, scorer, engine_urls)
+    told, stopped = asyncio.Event(), asyncio.Event()
+    runner = web.AppRunner(build_app(controller, config.rollout.controller_token, told.set), access_log=None)
+    try:
+        await runner.setup()
+        url = await _listen(runner, host, port)
+        await controller.start()
+        log.info("controller of run %s at %s", config.run.name, url)
+        if on_ready is not None:
+            on_ready(url)
+        await _until_stopped(controller, told, stopped)
+    finally:
+        await runner.cleanup()
+        await controller.stop()
+
+
+async def _listen(runner: web.AppRunner, host: str, port: int) -> str:
+    site = web.TCPSite(runner, host, port, shutdown_timeout=1.0)
+    try:
+        await site.start()
+    except OSError as error:
+        raise ControllerError(
+            f"the controller cannot listen on {host}:{port} ({error.strerror}). Set rollout.controller_port to a free "
+            "port, or 0 for any."
+        ) from error
+    return f"http://{host}:{runner.addresses[0][1]}"
+
+
+async def _until_stopped(controller: Controller, told: asyncio.Event, stopped: asyncio.Event) -> None:
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopped.set)
+    waits = [asyncio.create_task(controller.wait_failed()), asyncio.create_task(stopped.wait())]
+    try:
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        failure = controller.failure
+        if failure is not None:
+            try:
+                await asyncio.wait_for(told.wait(), _FAILURE_TOLD_S)
+            except TimeoutError:
+                log.warning("no trainer asked within %g s why the controller failed", _FAILURE_TOLD_S)
+            if isinstance(failure, AsympoError):
+                raise failure
+            raise ControllerError(f"the controller failed: {type(failure).__name__}: {failure}") from failure
+    finally:
+        for wait in waits:
+            wait.cancel()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+
+
+def _targets(config: Config, journal: Journal, ledger: Ledger) -> Targets:
+    """The newest version of the journal, and those of this trainer whose evaluation is still owed."""
+    rows = list(ledger.versions.values())
+    if not rows:
+        return Targets()
+    owed = [
+        row
+        for row in rows
+        if row.incarnation == journal.incarnation
+        and evaluation_due(config, row.step)
+        and not journal.has_evaluation(row.step, row.checksum)
+        and Path(row.path).is_dir()
+    ]
+    return Targets(rows[-1], owed)
+
+
+def _connector(config: Config) -> Callable[[str], EngineClient]:
+    rollout = config.rollout
+    return lambda url: EngineClient(
+        url, rollout.engine_api_key, rollout.request_timeout_s, control_timeout_s=rollout.engine_timeout_s
+    )
+
+
+def _needs_logprobs(config: Config) -> bool:
+    from asympo_megatron.objectives import build_objective  # imports torch: only when nobody said
+
+    return "behavior_logprob_T" in build_objective(config.objective.name, **config.objective.options).needs
+
+
+def _verify_version(path: Path) -> object:
+    from asympo_megatron.sync import verify_version  # imports torch: only when an engine is there
+
+    return verify_version(path)

@@ -1,0 +1,169 @@
+"""One engine over HTTP: the SGLang calls the controller makes, each with a deadline and an engine-labelled error."""
+
+import asyncio
+import logging
+from collections.abc import Container
+from typing import Any
+
+import aiohttp
+import msgspec
+from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_exponential
+from yarl import URL
+
+from asympo_megatron.errors import EngineError
+from asympo_megatron.rollout.answer import Answer, GenerateRequest, parse_answer
+
+log = logging.getLogger(__name__)
+_KEEPALIVE_S = 2.0
+"""Below uvicorn's 5 s: a server must not close an idle connection while a request is on its way into it."""
+_SKIPPED_HEADERS = ("User-Agent", "Accept", "Accept-Encoding")
+
+
+class EngineLost(EngineError):
+    """The connection failed: the engine may be gone, or only this connection."""
+
+
+class RequestRefused(EngineError):
+    """The engine says that the request itself is wrong (HTTP 400): no other engine would take it."""
+
+
+class EngineClient:
+    """Calls to one engine. Must be made inside a running event loop.
+
+    Args:
+        url: e.g. ``http://10.0.0.7:30000``.
+        api_key: SGLang's ``--api-key``, or None.
+        request_timeout_s: after this a request is aborted on the engine, which then returns what it has.
+        control_timeout_s: deadline of every call but ``/generate`` and weight updates.
+    """
+
+    def __init__(self, url: str, api_key: str | None, request_timeout_s: float, control_timeout_s: float) -> None:
+        self.url = url.rstrip("/")
+        self._generate_url = URL(self.url + "/generate")
+        self._request_timeout_s, self._control_timeout_s = request_timeout_s, control_timeout_s
+        headers = {"Content-Type": "application/json"}
+        if api_key:
+            headers["Authorization"] = f"Bearer {api_key}"
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_S),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            timeout=aiohttp.ClientTimeout(total=None),
+            headers=headers,
+            skip_auto_headers=_SKIPPED_HEADERS,
+        )
+        self._aborts: set[asyncio.Task[None]] = set()
+
+    async def close(self) -> None:
+        """Close every connection; requests on their way fail with EngineLost."""
+        for task in self._aborts:
+            task.cancel()
+        await self._session.close()
+
+    async def generate(self, request: GenerateRequest, vocab_size: int, known: Container[int]) -> Answer:
+        """Sample one response. Never retried here: the caller decides where it goes on.
+
+        Raises:
+            RequestRefused: HTTP 400.
+            EngineLost: no connection, or no answer in time even after an abort.
+            EngineError: any other status, or an answer that fails its checks.
+        """
+        abort = asyncio.get_running_loop().call_later(self._request_timeout_s, self._abort_soon, request.rid)
+        try:
+            async with (
+                asyncio.timeout(self._request_timeout_s + self._control_timeout_s),
+                self._session.post(self._generate_url, data=msgspec.json.encode(request)) as reply,
+            ):
+                status, body = reply.status, await reply.read()
+        except asyncio.CancelledError:
+            self._abort_soon(request.rid)
+            raise
+        except (aiohttp.ClientError, OSError, TimeoutError, RuntimeError) as error:  # RuntimeError: session is closed
+            raise EngineLost(f"engine {self.url}: /generate failed ({_describe(error)})") from error
+        finally:
+            abort.cancel()
+        if status == 400:
+            raise RequestRefused(f"engine {self.url} refused a request: {body[:300].decode(errors='replace')}")
+        if status != 200:
+            raise EngineError(f"engine {self.url}: /generate answered HTTP {status}: {body[:200]!r}")
+        try:
+            return parse_answer(body, request, vocab_size, known)
+        except EngineError as error:
+            raise EngineError(f"engine {self.url}: {error}") from error
+
+    async def ready(self) -> None:
+        """Raises EngineError while the engine does not take requests."""
+        status, body = await self._call("GET", "/ready", None, self._control_timeout_s)
+        if status == 404:  # older servers have only /model_info
+            await self.weight_label()
+        elif status != 200:
+            raise EngineError(f"engine {self.url}: /ready answered HTTP {status}: {body[:200]!r}")
+
+    async def weight_label(self, attempts: int = 1) -> str:
+        """The weight version that the engine reports."""
+        body = await self._control("GET", "/model_info", None, attempts)
+        try:
+            return str(msgspec.json.decode(body, type=dict[str, Any])["weight_version"])
+        except (msgspec.DecodeError, KeyError) as error:
+            raise EngineError(f"engine {self.url}: /model_info has no weight_version: {body[:200]!r}") from error
+
+    async def pause(self, mode: str) -> None:
+        """Stop generating; new requests wait in the engine."""
+        await self._control("POST", "/pause_generation", {"mode": mode})
+
+    async def resume(self) -> None:
+        """Go on after a pause."""
+        await self._control("POST", "/continue_generation", {})
+
+    async def abort(self, rid_prefix: str) -> None:
+        """End every request whose id begins with ``rid_prefix``; each answers with the tokens it has."""
+        await self._control("POST", "/abort_request", {"rid": rid_prefix})
+
+    async def update_weights(self, path: str, label: str, *, flush_cache: bool, timeout_s: float) -> None:
+        """Load the weights under ``path``. Not retried: what a failed load left behind is unknown."""
+        payload = {"model_path": path, "weight_version": label, "flush_cache": flush_cache}
+        status, body = await self._call("POST", "/update_weights_from_disk", payload, timeout_s)
+        if status != 200 or not _success(body):
+            raise EngineError(f"engine {self.url} did not load {path}: HTTP {status}: {body[:300]!r}")
+
+    async def _control(self, method: str, path: str, payload: Any, attempts: int = 3) -> bytes:
+        retrying = AsyncRetrying(
+            retry=retry_if_exception_type(EngineLost),
+            stop=stop_after_attempt(attempts),
+            wait=wait_exponential(multiplier=0.05, max=1.0),
+            reraise=True,
+        )
+        reply: tuple[int, bytes] = await retrying(self._call, method, path, payload, self._control_timeout_s)
+        status, body = reply
+        if status != 200:
+            raise EngineError(f"engine {self.url}: {path} answered HTTP {status}: {body[:200]!r}")
+        return body
+
+    async def _call(self, method: str, path: str, payload: Any, timeout_s: float) -> tuple[int, bytes]:
+        data = None if payload is None else msgspec.json.encode(payload)
+        try:
+            async with asyncio.timeout(timeout_s), self._session.request(method, self.url + path, data=data) as reply:
+                return reply.status, await reply.read()
+        except (aiohttp.ClientError, OSError, TimeoutError, RuntimeError) as error:
+            raise EngineLost(f"engine {self.url}: {path} failed ({_describe(error)})") from error
+
+    def _abort_soon(self, rid: str) -> None:
+        task = asyncio.get_running_loop().create_task(self._abort_quietly(rid))
+        self._aborts.add(task)
+        task.add_done_callback(self._aborts.discard)
+
+    async def _abort_quietly(self, rid: str) -> None:
+        try:
+            await self.abort(rid)
+        except EngineError as error:
+            log.warning("%s", error)
+
+
+def _success(body: bytes) -> bool:
+    try:
+        return bool(msgspec.json.decode(body, type=dict[str, Any]).get("success"))
+    except msgspec.DecodeError:
+        return False
+
+
+def _describe(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

@@ -1,0 +1,124 @@
+"""Held-out accuracy of a pinned weight version."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+
+from asympo_megatron.config import Config
+from asympo_megatron.errors import ControllerError, RewardError
+from asympo_megatron.protocol import Evaluation
+from asympo_megatron.rollout.answer import SamplingParams, check_prompt
+from asympo_megatron.rollout.bell import Bell
+from asympo_megatron.rollout.fleet import Fleet
+from asympo_megatron.rollout.interfaces import Prompt, Scorer, Task
+from asympo_megatron.rollout.journal import Journal
+from asympo_megatron.rollout.requester import Draft, Requester, Sampled
+from asympo_megatron.rollout.rows import VersionRow
+from asympo_megatron.rollout.sampler import sampling_params, score
+from asympo_megatron.rollout.targets import Targets
+
+log = logging.getLogger(__name__)
+_MAX_SAMPLES = 16
+"""Tries to get one answer from the pinned version alone."""
+
+
+def evaluation_due(config: Config, step: int) -> bool:
+    """Whether weights of ``step`` are evaluated: every ``eval.interval_steps``, step 0 and the last one."""
+    interval = config.rollout.eval.interval_steps
+    return interval > 0 and (step % interval == 0 or step == config.run.steps)
+
+
+class Evaluator:
+    """Evaluates versions one after the other; weights stay on the engines until a version's last answer is in.
+
+    Args:
+        config: of the run.
+        task: held-out prompts.
+        scorer: rewards; accuracy is their mean.
+        requester: samples answers.
+        fleet: tells when a version is installed.
+        targets: versions to evaluate.
+        journal: keeps results until a lease reply has carried them.
+        bell: rung when an evaluation is done.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        task: Task,
+        scorer: Scorer,
+        requester: Requester,
+        fleet: Fleet,
+        targets: Targets,
+        journal: Journal,
+        bell: Bell,
+    ) -> None:
+        self._config, self._task, self._scorer = config, task, scorer
+        self._requester, self._fleet, self._targets = requester, fleet, targets
+        self._journal, self._bell = journal, bell
+
+    async def run(self) -> None:
+        """Evaluate for as long as the run lasts."""
+        while True:
+            await self._bell.until(self._installed)
+            row = self._targets.pinned
+            assert row is not None  # _installed() saw to it
+            result = await self._evaluate(row)
+            self._journal.record_evaluation(result, row.checksum)
+            self._targets.evaluated(row)
+            self._bell.ring()
+
+    def _installed(self) -> bool:
+        row = self._targets.pinned
+        return row is not None and any(engine.weights == row for engine in self._fleet.serving)
+
+    async def _evaluate(self, row: VersionRow) -> Evaluation:
+        started_s = time.monotonic()
+        prompts = self._task.eval_prompts(self._config.rollout.eval.prompts)
+        scored = await asyncio.gather(*(self._answer(number, prompt, row) for number, prompt in enumerate(prompts)))
+        rewards = [reward for group, _ in scored for reward in group]
+        lengths = [tokens for _, group in scored for tokens in group]
+        if not rewards:
+            raise ControllerError(f"evaluation of step {row.step}: none of {len(prompts)} held-out answers was scored.")
+        result = Evaluation(
+            step=row.step,
+            version=row.version,
+            accuracy=sum(rewards) / len(rewards),
+            responses=len(rewards),
+            mean_tokens=sum(lengths) / len(lengths),
+            seconds=time.monotonic() - started_s,
+        )
+        log.info("evaluation of step %d: %.4f over %d answers", row.step, result.accuracy, result.responses)
+        return result
+
+    async def _answer(self, number: int, prompt: Prompt, row: VersionRow) -> tuple[list[float], list[int]]:
+        """Rewards and lengths of the answers to one prompt; nothing where the scorer failed, which is logged."""
+        ids = list(prompt.ids)
+        check_prompt(ids, self._task.codec.vocab_size, f"held-out prompt {number}")
+        samples = range(self._config.rollout.eval.samples_per_prompt)
+        drafts = [Draft(-1 - number, f"e{number:08d}", k, ids, self._params(), row.version) for k in samples]
+        answers: Sequence[Sampled] = await asyncio.gather(*(self._pinned(draft) for draft in drafts))
+        self._fleet.forget_group(-1 - number)
+        try:
+            rewards = await score(self._scorer, prompt, answers)
+        except RewardError as error:
+            log.error("held-out prompt %d is left out of the evaluation of step %d: %s", number, row.step, error)
+            return [], []
+        return rewards, [len(answer.ids) for answer in answers]
+
+    async def _pinned(self, draft: Draft) -> Sampled:
+        for _ in range(_MAX_SAMPLES):
+            answer = await self._requester.sample(draft)
+            if {span.version for span in answer.versions} == {draft.version}:
+                return answer
+        raise ControllerError(
+            f"{_MAX_SAMPLES} answers in a row to {draft.name} mixed other weights into version {draft.version}: "
+            "someone else changes the engines' weights."
+        )
+
+    def _params(self) -> SamplingParams:
+        training, evaluation = sampling_params(self._config, self._task), self._config.rollout.eval
+        return SamplingParams(
+            training.max_new_tokens, evaluation.temperature, evaluation.top_p, training.top_k, training.stop_token_ids
+        )

@@ -1,0 +1,178 @@
+"""The engines: their states, who may take a request, and which engine a request goes to.
+
+starting -> syncing -> serving -> syncing -> ...       readiness, weights, requests
+any -> quarantined -> starting                         a failure: its weights are no longer trusted
+any -> evicted                                         failed too often, or never got ready; it may join again
+"""
+
+import asyncio
+import heapq
+import itertools
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from asympo_megatron.rollout.bell import Bell
+from asympo_megatron.rollout.client import EngineClient
+from asympo_megatron.rollout.rows import VersionRow
+
+log = logging.getLogger(__name__)
+
+
+class EngineState(StrEnum):
+    STARTING = "starting"
+    SYNCING = "syncing"
+    SERVING = "serving"
+    QUARANTINED = "quarantined"
+    EVICTED = "evicted"
+
+
+@dataclass(eq=False)
+class Engine:
+    """One engine as the controller sees it."""
+
+    url: str
+    client: EngineClient
+    state: EngineState = EngineState.STARTING
+    weights: VersionRow | None = None
+    """Installed and verified by this controller; None when unknown."""
+    loading: VersionRow | None = None
+    in_flight: int = 0
+    failure: Exception | None = None
+    """Why it must be quarantined."""
+    quarantines: int = 0
+    """In a row, without a good answer in between."""
+    strikes: int = 0
+    """Failed connections in a row."""
+    last_error: str = ""
+
+    @property
+    def serving(self) -> bool:
+        return self.state is EngineState.SERVING
+
+    def answered(self) -> None:
+        """A good answer came: earlier trouble is over."""
+        self.quarantines = self.strikes = 0
+
+
+@dataclass(order=True)
+class _Waiter:
+    group: int
+    order: int
+    version: int | None = field(compare=False)
+    engine: asyncio.Future[Engine] = field(compare=False)
+
+
+class Fleet:
+    """Hands out request slots of serving engines: oldest group first, least loaded engine, group by group.
+
+    Args:
+        max_in_flight: requests per engine; the rest waits here.
+        affinity_slack: a group stays on its engine (whose prefix cache knows the prompt) while that engine has at most
+            this many requests more than the least loaded one.
+        bell: rung when an engine's state changes.
+    """
+
+    def __init__(self, max_in_flight: int, affinity_slack: int, bell: Bell) -> None:
+        self.engines: dict[str, Engine] = {}
+        self._max_in_flight, self._affinity_slack, self._bell = max_in_flight, affinity_slack, bell
+        self._waiting: list[_Waiter] = []
+        self._pinned: list[_Waiter] = []
+        self._order = itertools.count()
+        self._homes: dict[int, Engine] = {}
+
+    @property
+    def serving(self) -> list[Engine]:
+        """Engines that take requests."""
+        return [engine for engine in self.engines.values() if engine.serving]
+
+    @property
+    def in_flight(self) -> int:
+        """Requests on engines."""
+        return sum(engine.in_flight for engine in self.engines.values())
+
+    @property
+    def step(self) -> int | None:
+        """Step of the weights that a request started now is sampled by, at least; None while no engine serves."""
+        return min((engine.weights.step for engine in self.serving if engine.weights), default=None)
+
+    def set_state(self, engine: Engine, state: EngineState) -> None:
+        """Change the state of an engine and wake whoever it concerns."""
+        if engine.state is not state:
+            log.debug("engine %s: %s -> %s", engine.url, engine.state, state)
+            engine.state = state
+            self._pump()
+            self._bell.ring()
+
+    def fail(self, engine: Engine, client: EngineClient, error: Exception) -> None:
+        """Take an engine out of service at once; its lifecycle then quarantines it.
+
+        ``client`` is the connection on which it failed: trouble on an earlier one is over.
+        """
+        if engine.client is not client or engine.failure is not None:
+            return
+        if engine.state in (EngineState.SERVING, EngineState.SYNCING):
+            engine.failure, engine.last_error = error, str(error)
+            self.set_state(engine, EngineState.QUARANTINED)
+
+    @asynccontextmanager
+    async def slot(self, group: int, version: int | None = None) -> AsyncIterator[Engine]:
+        """A request slot for a group, or (``version``) for an evaluation: only on engines with exactly that version."""
+        engine = await self._acquire(group, version)
+        try:
+            yield engine
+        finally:
+            self._release(engine)
+
+    def forget_group(self, group: int) -> None:
+        """A group is complete: its affinity is no longer needed."""
+        self._homes.pop(group, None)
+
+    async def _acquire(self, group: int, version: int | None) -> Engine:
+        queue = self._waiting if version is None else self._pinned
+        if not queue:
+            engine = self._grant(group, version)
+            if engine is not None:
+                return engine
+        future: asyncio.Future[Engine] = asyncio.get_running_loop().create_future()
+        heapq.heappush(queue, _Waiter(group, next(self._order), version, future))
+        try:
+            return await future
+        except asyncio.CancelledError:
+            if future.done() and not future.cancelled():
+                self._release(future.result())
+            raise
+
+    def _release(self, engine: Engine) -> None:
+        engine.in_flight -= 1
+        self._pump()
+
+    def _pump(self) -> None:
+        for queue in (self._pinned, self._waiting):
+            while queue:
+                if queue[0].engine.done():
+                    heapq.heappop(queue)
+                    continue
+                engine = self._grant(queue[0].group, queue[0].version)
+                if engine is None:
+                    break
+                heapq.heappop(queue).engine.set_result(engine)
+
+    def _grant(self, group: int, version: int | None) -> Engine | None:
+        free = [engine for engine in self.engines.values() if self._usable(engine, version)]
+        if not free:
+            return None
+        best = min(free, key=lambda engine: engine.in_flight)
+        home = self._homes.get(group)
+        if home is not None and home in free and home.in_flight <= best.in_flight + self._affinity_slack:
+            best = home
+        self._homes[group] = best
+        best.in_flight += 1
+        return best
+
+    def _usable(self, engine: Engine, version: int | None) -> bool:
+        if not engine.serving or engine.in_flight >= self._max_in_flight:
+            return False
+        return version is None or (engine.weights is not None and engine.weights.version == version)

@@ -1,0 +1,43 @@
+"""What the controller needs of a task and a scorer; ``asympo_megatron.tasks`` provides both."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+
+class Prompt(Protocol):
+    """One prompt of a task, already token ids."""
+
+    @property
+    def index(self) -> int: ...
+    @property
+    def ids(self) -> Sequence[int]: ...
+    @property
+    def question(self) -> str: ...
+    @property
+    def answer(self) -> Any: ...
+    @property
+    def meta(self) -> Any: ...
+
+
+class Codec(Protocol):
+    """The token ids of a task."""
+
+    @property
+    def stop_token_ids(self) -> Sequence[int]: ...
+    @property
+    def vocab_size(self) -> int: ...
+
+
+class Task(Protocol):
+    """A source of prompts. Training prompts are numbered from 0 without end; held-out ones are never among them."""
+
+    @property
+    def codec(self) -> Codec: ...
+    def train_prompt(self, index: int) -> Prompt: ...
+    def eval_prompts(self, limit: int) -> Sequence[Prompt]: ...
+
+
+class Scorer(Protocol):
+    """Rewards of the responses to one prompt, in their order; raises RewardError rather than guessing."""
+
+    async def score(self, prompt: Any, responses: list[list[int]]) -> list[float]: ...

@@ -1,0 +1,178 @@
+"""One response, whatever happens to engines meanwhile: nothing that was sampled is thrown away."""
+
+import logging
+from collections.abc import Callable, Container
+from dataclasses import dataclass
+
+import msgspec
+
+from asympo_megatron.errors import ControllerError, EngineError
+from asympo_megatron.records import VersionSpan
+from asympo_megatron.rollout.answer import Answer, GenerateRequest, SamplingParams, request_id
+from asympo_megatron.rollout.bell import Bell
+from asympo_megatron.rollout.client import EngineClient, EngineLost, RequestRefused
+from asympo_megatron.rollout.fleet import Engine, Fleet
+
+log = logging.getLogger(__name__)
+_MAX_STRIKES = 8
+"""Lost connections, or aborts without a token, in a row on an engine that looks healthy."""
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A complete response; its tokens may come from several engines and weight versions."""
+
+    ids: list[int]
+    versions: list[VersionSpan]
+    finish_reason: str
+    logprobs: list[float] | None
+
+
+@dataclass(frozen=True)
+class Draft:
+    """What is asked for: where the response belongs, its prompt, and how it is sampled.
+
+    ``version`` pins an evaluation to engines with exactly that weight version; None is a training response, which
+    starts and goes on only while the lag rule lets its group sample.
+    """
+
+    group: int
+    name: str
+    row: int
+    prompt_ids: list[int]
+    params: SamplingParams
+    version: int | None = None
+
+
+class Requester:
+    """Samples responses on the fleet.
+
+    Args:
+        fleet: where requests go.
+        bell: rung when the lag rule or the fleet may have changed.
+        may_sample: the lag rule for a group.
+        versions: published weight versions.
+        vocab_size: bound of token ids.
+        identity: run id, and the trainer's incarnation at the time of asking.
+        logprobs: ask for behavior log-probs.
+    """
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        bell: Bell,
+        may_sample: Callable[[int], bool],
+        versions: Container[int],
+        vocab_size: int,
+        identity: Callable[[], tuple[str, int]],
+        *,
+        logprobs: bool,
+    ) -> None:
+        self._fleet, self._bell, self._may_sample = fleet, bell, may_sample
+        self._versions, self._vocab_size, self._identity = versions, vocab_size, identity
+        self._logprobs = logprobs
+        self.tokens_sampled = 0
+
+    async def sample(self, draft: Draft) -> Sampled:
+        """Sample one response; goes on elsewhere after a failure and from its last token after an abort.
+
+        Raises:
+            ControllerError: an engine says that the request itself is wrong.
+        """
+        parts = _Parts(logprobs=[] if self._logprobs else None)
+        attempt = 0
+        while True:
+            if draft.version is None and not self._may_sample(draft.group):
+                await self._bell.until(lambda: self._may_sample(draft.group))
+            async with self._fleet.slot(draft.group, draft.version) as engine:
+                if not self._still_fits(engine, draft):  # it changed between the grant and now
+                    continue
+                answer = await self._ask(engine, draft, parts, attempt)
+            attempt += 1
+            if answer is None:
+                continue
+            self.tokens_sampled += len(answer.ids)
+            parts.add(answer)
+            if answer.finish_reason != "abort":
+                return parts.finish(answer.finish_reason)
+            if len(parts.ids) >= draft.params.max_new_tokens:
+                return parts.finish("length")
+
+    def _still_fits(self, engine: Engine, draft: Draft) -> bool:
+        if not engine.serving or engine.weights is None:
+            return False
+        if draft.version is None:
+            return self._may_sample(draft.group)
+        return engine.weights.version == draft.version
+
+    async def _ask(self, engine: Engine, draft: Draft, parts: "_Parts", attempt: int) -> Answer | None:
+        client, weights = engine.client, engine.weights
+        assert weights is not None  # _still_fits() saw to it
+        request = self._request(draft, parts, attempt, str(weights.version))
+        try:
+            answer = await client.generate(request, self._vocab_size, self._versions)
+        except RequestRefused as error:
+            raise ControllerError(
+                f"{error}. Prompt of {len(request.input_ids)} and up to {request.sampling_params.max_new_tokens} new "
+                "tokens: check rollout.sampling against the engine's context length."
+            ) from error
+        except EngineLost as error:
+            await self._examine(engine, client, request.rid, error)
+            return None
+        except EngineError as error:
+            self._fleet.fail(engine, client, error)
+            return None
+        if answer.ids:
+            engine.answered()
+        elif engine.weights == weights and engine.serving:
+            self._strike(engine, client, EngineError(f"engine {engine.url} aborts requests without a token"))
+        return answer
+
+    def _request(self, draft: Draft, parts: "_Parts", attempt: int, version: str) -> GenerateRequest:
+        params, prompt_ids = draft.params, draft.prompt_ids
+        if parts.ids:
+            prompt_ids = prompt_ids + parts.ids
+            params = msgspec.structs.replace(params, max_new_tokens=params.max_new_tokens - len(parts.ids))
+        rid = request_id(*self._identity(), draft.name, draft.row, attempt)
+        return GenerateRequest(rid, prompt_ids, params, version, self._logprobs)
+
+    async def _examine(self, engine: Engine, client: EngineClient, rid: str, error: EngineLost) -> None:
+        """A connection failed. An engine that still answers only lost that request; else it is taken out at once."""
+        if engine.client is not client or engine.failure is not None:
+            return
+        try:
+            await client.abort(rid)  # it may still be at work on a request that nobody waits for
+        except EngineError:
+            self._fleet.fail(engine, client, error)
+            return
+        self._strike(engine, client, error)
+
+    def _strike(self, engine: Engine, client: EngineClient, error: EngineError) -> None:
+        engine.strikes += 1
+        log.info("engine %s, strike %d: %s", engine.url, engine.strikes, error)
+        if engine.strikes >= _MAX_STRIKES:
+            self._fleet.fail(engine, client, error)
+
+
+class _Parts:
+    """The segments of a response, put together."""
+
+    def __init__(self, logprobs: list[float] | None) -> None:
+        self.ids: list[int] = []
+        self._versions: list[VersionSpan] = []
+        self._logprobs = logprobs
+
+    def add(self, answer: Answer) -> None:
+        offset = len(self.ids)
+        self.ids = self.ids + answer.ids
+        if self._logprobs is not None and answer.logprobs is not None:
+            self._logprobs += answer.logprobs
+        for span in answer.versions:
+            last = self._versions[-1] if self._versions else None
+            if last is not None and last.version == span.version:
+                self._versions[-1] = VersionSpan(last.version, last.start, span.end + offset)
+            else:
+                self._versions.append(VersionSpan(span.version, span.start + offset, span.end + offset))
+
+    def finish(self, reason: str) -> Sampled:
+        return Sampled(self.ids, self._versions, reason, self._logprobs)

@@ -1,0 +1,243 @@
+"""The life of every engine: get ready, load the current weights, serve, load the next ones; after a failure, again.
+
+One task per engine, so that engines sync at the same time and none waits for another.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, stop_after_delay, wait_exponential
+
+from asympo_megatron.errors import ControllerError, EngineError, PublishError
+from asympo_megatron.rollout.bell import Background, Bell
+from asympo_megatron.rollout.client import EngineClient
+from asympo_megatron.rollout.fleet import Engine, EngineState, Fleet
+from asympo_megatron.rollout.rows import VersionRow
+from asympo_megatron.rollout.targets import Targets
+
+log = logging.getLogger(__name__)
+_MAX_QUARANTINES = 5
+"""In a row, without one good answer in between: then the engine is given up."""
+_VERIFY_ATTEMPTS = 5
+"""A network file system may show a renamed directory late."""
+
+
+@dataclass(frozen=True)
+class SyncOptions:
+    """How weights reach engines, and when an engine counts as dead.
+
+    Args:
+        run_prefix: prefix of this run's request ids.
+        pause_mode: in_place | retract | abort.
+        timeout_s: deadline of one engine's sync.
+        start_timeout_s: deadline of readiness.
+        health_interval_s: how often a serving engine is asked for its weight version.
+        backoff_s: pause after the first failure; doubles.
+    """
+
+    run_prefix: str
+    pause_mode: str
+    timeout_s: float
+    start_timeout_s: float
+    health_interval_s: float
+    backoff_s: float = 0.5
+
+
+class Syncer:
+    """Drives engines through their states.
+
+    Args:
+        fleet: the engines.
+        targets: which version they should hold.
+        options: deadlines and pause mode.
+        verify: checks a published directory against its manifest; raises PublishError.
+        connect: makes the client of an engine.
+        bell: rung when anything changes.
+        background: where the engines' tasks run.
+    """
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        targets: Targets,
+        options: SyncOptions,
+        verify: Callable[[Path], object],
+        connect: Callable[[str], EngineClient],
+        bell: Bell,
+        background: Background,
+    ) -> None:
+        self._fleet, self._targets, self._options = fleet, targets, options
+        self._verify, self._connect = verify, connect
+        self._bell, self._background = bell, background
+        self._verified: dict[int, asyncio.Task[None]] = {}
+        self.last_sync_s = 0.0
+
+    def join(self, url: str) -> Engine:
+        """Take an engine in (again); it gets requests once it is ready and holds the current weights."""
+        url = url.rstrip("/")
+        known = self._fleet.engines.get(url)
+        if known is not None and known.state is not EngineState.EVICTED:
+            return known
+        engine = Engine(url, self._connect(url))
+        self._fleet.engines[url] = engine
+        self._background.spawn(self._live(engine), f"engine {url}")
+        self._bell.ring()
+        return engine
+
+    async def close(self) -> None:
+        """Close every connection."""
+        for engine in self._fleet.engines.values():
+            await engine.client.close()
+
+    async def watch_fleet(self, no_engine_s: float) -> None:
+        """Raises ControllerError when every engine has been given up, or none joined, for ``no_engine_s``."""
+
+        def hopeless() -> bool:
+            return all(engine.state is EngineState.EVICTED for engine in self._fleet.engines.values())
+
+        while True:
+            await self._bell.until(hopeless)
+            if not await self._bell.until(lambda: not hopeless(), no_engine_s):
+                known = "; ".join(f"{e.url}: {e.last_error}" for e in self._fleet.engines.values()) or "none was named"
+                raise ControllerError(
+                    f"no engine is left ({known}). Start engines, name them in rollout.engine_urls, start again."
+                )
+
+    async def _live(self, engine: Engine) -> None:
+        while True:
+            try:
+                await self._get_ready(engine)
+                await self._serve(engine)
+            except EngineError as error:
+                await self._quarantine(engine, error)
+            if engine.state is EngineState.EVICTED:
+                await engine.client.close()
+                return
+
+    async def _get_ready(self, engine: Engine) -> None:
+        self._fleet.set_state(engine, EngineState.STARTING)
+        retrying = AsyncRetrying(
+            retry=retry_if_exception_type(EngineError),
+            stop=stop_after_delay(self._options.start_timeout_s),
+            wait=wait_exponential(multiplier=0.05, max=2.0),
+            reraise=True,
+        )
+        try:
+            await retrying(engine.client.ready)
+        except EngineError as error:
+            self._evict(
+                engine,
+                f"engine {engine.url} did not get ready within {self._options.start_timeout_s:g} s "
+                f"(rollout.engine_start_timeout_s); last: {error}",
+            )
+
+    async def _serve(self, engine: Engine) -> None:
+        fresh = True
+        while engine.state is not EngineState.EVICTED:
+            await self._bell.until(lambda: self._targets.current is not None)
+            target = self._targets.current
+            assert target is not None
+            if engine.weights != target:
+                await self._check_files(target)
+                if self._targets.current == target:
+                    await self._sync(engine, target, fresh=fresh)
+                    fresh = False
+            else:
+                await self._watch(engine)
+
+    async def _watch(self, engine: Engine) -> None:
+        """Return when other weights are wanted; raise when the engine failed."""
+        serving = engine.weights
+        changed = await self._bell.until(
+            lambda: engine.failure is not None or self._targets.current != serving, self._options.health_interval_s
+        )
+        if engine.failure is not None:
+            raise EngineError(str(engine.failure)) from engine.failure
+        if not changed and serving is not None:
+            await _check_label(engine, serving)
+
+    async def _sync(self, engine: Engine, row: VersionRow, *, fresh: bool) -> None:
+        started_s = time.monotonic()
+        engine.loading = row
+        self._fleet.set_state(engine, EngineState.SYNCING)
+        try:
+            async with asyncio.timeout(self._options.timeout_s):
+                await self._install(engine, row, fresh=fresh)
+        except TimeoutError as error:
+            raise EngineError(
+                f"engine {engine.url} did not load version {row.version} within {self._options.timeout_s:g} s "
+                "(sync.timeout_s)"
+            ) from error
+        finally:
+            engine.loading = None
+        if engine.failure is not None:
+            raise EngineError(str(engine.failure)) from engine.failure
+        engine.weights = row
+        self.last_sync_s = time.monotonic() - started_s
+        self._fleet.set_state(engine, EngineState.SERVING)
+
+    async def _install(self, engine: Engine, row: VersionRow, *, fresh: bool) -> None:
+        """Pause, load, verify, continue. A fresh engine is emptied first: its requests and cache are of unknown origin.
+
+        When weights go back to an earlier step, running requests are ended, too: those that may go on under the lag
+        rule do so at once, the others when the weights have caught up.
+        """
+        client, options = engine.client, self._options
+        goes_back = engine.weights is not None and row.step < engine.weights.step
+        if fresh or goes_back:
+            await client.abort(options.run_prefix)
+        mode = "abort" if fresh else options.pause_mode
+        await client.pause(mode)
+        await client.update_weights(
+            row.path, str(row.version), flush_cache=mode != "in_place", timeout_s=options.timeout_s
+        )
+        await _check_label(engine, row)
+        await client.resume()
+
+    async def _check_files(self, row: VersionRow) -> None:
+        """Verify a version once, before any engine reads it. A bad one is the publisher's fault, not the engine's."""
+        if row.version not in self._verified:
+            self._verified = {version: task for version, task in self._verified.items() if not task.done()}
+            self._verified[row.version] = asyncio.get_running_loop().create_task(self._verify_files(row))
+        await asyncio.shield(self._verified[row.version])
+
+    async def _verify_files(self, row: VersionRow) -> None:
+        retrying = AsyncRetrying(
+            retry=retry_if_exception_type(PublishError),
+            stop=stop_after_attempt(_VERIFY_ATTEMPTS),
+            wait=wait_exponential(multiplier=self._options.backoff_s / 2, max=4.0),
+            reraise=True,
+        )
+        await retrying(asyncio.to_thread, self._verify, Path(row.path))
+
+    async def _quarantine(self, engine: Engine, error: EngineError) -> None:
+        """Trust nothing about the engine any more: drop its connections, so that its requests go elsewhere."""
+        log.warning("engine %s is quarantined: %s", engine.url, error)
+        engine.failure, engine.weights, engine.last_error = None, None, str(error)
+        engine.strikes = 0
+        engine.quarantines += 1
+        self._fleet.set_state(engine, EngineState.QUARANTINED)
+        old, engine.client = engine.client, self._connect(engine.url)
+        await old.close()
+        if engine.quarantines >= _MAX_QUARANTINES:
+            self._evict(engine, f"engine {engine.url} failed {engine.quarantines} times in a row; last: {error}")
+            return
+        await asyncio.sleep(self._options.backoff_s * 2 ** (engine.quarantines - 1))
+
+    def _evict(self, engine: Engine, reason: str) -> None:
+        log.error("%s; it gets no more requests. POST its url to /engines to take it in again.", reason)
+        engine.last_error = reason
+        self._fleet.set_state(engine, EngineState.EVICTED)
+
+
+async def _check_label(engine: Engine, row: VersionRow) -> None:
+    label = await engine.client.weight_label(attempts=3)
+    if label != str(row.version):
+        raise EngineError(
+            f"engine {engine.url} reports weight version {label!r}, expected {row.version}: it restarted, or someone "
+            "else changed its weights"
+        )
