@@ -111,18 +111,28 @@ def _collect(pipes: dict[Connection, int], processes: list[BaseProcess], deadlin
         ready = wait(list(pending), timeout=max(0.0, deadline - time.monotonic()))
         if not ready:
             raise TimeoutError(f"ranks {sorted(pending.values())} of {len(processes)} did not finish in time.")
+        # One rank's failure makes its peers fail, too: tell all that is known, the cause is among it.
+        failures = []
         for pipe in ready:
             assert isinstance(pipe, Connection)
             rank = pending.pop(pipe)
-            try:
-                succeeded, value = pickle.loads(pipe.recv_bytes())
-            except EOFError:
-                processes[rank].join(1.0)
-                raise RuntimeError(f"rank {rank} died with exit code {processes[rank].exitcode}.") from None
-            if not succeeded:
-                raise RuntimeError(f"rank {rank} of {len(processes)} failed:\n{value}")
-            results[rank] = value
+            succeeded, value = _receive(pipe, processes[rank])
+            if succeeded:
+                results[rank] = value
+            else:
+                failures.append(f"rank {rank} of {len(processes)} failed:\n{value}")
+        if failures:
+            raise RuntimeError("\n".join(failures))
     return results
+
+
+def _receive(pipe: Connection, process: BaseProcess) -> tuple[bool, Any]:
+    try:
+        succeeded, value = pickle.loads(pipe.recv_bytes())
+    except EOFError:
+        process.join(1.0)
+        return False, f"it died with exit code {process.exitcode}."
+    return succeeded, value
 
 
 def _process_main(
