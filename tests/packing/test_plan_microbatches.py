@@ -98,7 +98,7 @@ def test_cost_is_balanced_rather_than_tokens():
     lengths, narrow = [8192, *[1024] * 24], attention_cost(hidden_size=256)
     plan = plan_microbatches(lengths, dp_size=2, max_tokens=65536, cost=narrow)
     assert companions(plan, 0) == 2
-    assert plan.imbalance == true_imbalance(plan, lengths, narrow) < 1e-12
+    assert max(plan.imbalance, true_imbalance(plan, lengths, narrow)) < 1e-12
     by_tokens = plan_microbatches(lengths, dp_size=2, max_tokens=65536, cost=lambda n: n.astype(float))  # the mutant
     assert companions(by_tokens, 0) == 9
     assert by_tokens.imbalance == 0
