@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# One engine on this host:  engine.sh PORT [GPU,GPU,...]
+# Tensor parallel over the GPUs named. Start as many as there are groups of GPUs, each on its own port.
+set -euo pipefail
+# shellcheck source=examples/bare/settings.sh
+source "$(dirname "${BASH_SOURCE[0]}")/settings.sh"
+
+port=${1:?usage: engine.sh PORT [GPU,GPU,...]}
+gpus=${2:-0}
+
+if [[ $ENGINE == embedded ]]; then
+  exec "$ASYMPO" engine "$CONFIG" "rollout.engine_host=$BIND" "rollout.engine_port=$port" "${COMMON[@]}" "${@:3}"
+fi
+
+commas=${gpus//[^,]/}
+key=()
+if [[ -n "${ASYMPO_ENGINE_KEY:-}" ]]; then
+  key=(--api-key "$ASYMPO_ENGINE_KEY")
+fi
+export CUDA_VISIBLE_DEVICES=$gpus
+# dummy: random weights. The trainer's first published version arrives before the first prompt.
+exec "$SGLANG_PYTHON" -m sglang.launch_server --model-path "$MODEL" --load-format dummy \
+  --host "$BIND" --port "$port" --tp-size $((${#commas} + 1)) --context-length "$CONTEXT_LENGTH" \
+  "${key[@]}" "${@:3}"

@@ -1,0 +1,34 @@
+# Settings that all roles share. Edit them here, or set them in the environment. Sourced by the scripts beside it.
+# shellcheck shell=bash
+
+# Run every script from the same directory on a file system that all hosts share: weights travel through runs/.
+: "${CONFIG:=examples/configs/qwen3_1p7b_math.yaml}"
+: "${ASYMPO:=.venv/bin/asympo}"
+: "${TORCHRUN:=.venv/bin/torchrun}"
+
+# sglang (the default) needs an environment of its own; embedded is for trials without a GPU.
+: "${ENGINE:=sglang}"
+: "${SGLANG_PYTHON:=python}"
+: "${MODEL:=models/Qwen3-1.7B-Base}"
+: "${CONTEXT_LENGTH:=5120}" # rollout.sampling: max_prompt_tokens + max_new_tokens
+
+# Address that servers listen on. 0.0.0.0 opens them to the network: keep it a private one, and set ASYMPO_TOKEN.
+: "${BIND:=127.0.0.1}"
+: "${CONTROLLER_PORT:=8700}"
+
+# Overrides that every role gets.
+COMMON=()
+if [[ -n "${RUN_NAME:-}" ]]; then
+  COMMON+=("run.name=$RUN_NAME")
+fi
+# Secrets come from the environment, so that no command line shows them. Both may stay unset on loopback.
+if [[ -n "${ASYMPO_TOKEN:-}" ]]; then
+  export ASYMPO_TOKEN
+  # shellcheck disable=SC2016 # resolved by the configuration, not by the shell
+  COMMON+=('rollout.controller_token=${oc.env:ASYMPO_TOKEN}')
+fi
+if [[ -n "${ASYMPO_ENGINE_KEY:-}" ]]; then
+  export ASYMPO_ENGINE_KEY
+  # shellcheck disable=SC2016
+  COMMON+=('rollout.engine_api_key=${oc.env:ASYMPO_ENGINE_KEY}')
+fi

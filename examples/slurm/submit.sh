@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Submits engines, controller and trainer as three jobs that find each other by URL:
+#
+#   ENGINES=4 TRAIN_NODES=2 examples/slurm/submit.sh examples/configs/qwen3_1p7b_math.yaml RUN_NAME
+#
+# Run it from the repository on a file system that all nodes share. Partition, account and the like: SBATCH_* variables.
+set -euo pipefail
+
+export CONFIG=${1:?usage: submit.sh CONFIG RUN_NAME}
+export RUN_NAME=${2:?usage: submit.sh CONFIG RUN_NAME}
+export ENGINES=${ENGINES:-2}
+export GPUS_PER_ENGINE=${GPUS_PER_ENGINE:-4}
+export GPUS_PER_NODE=${GPUS_PER_NODE:-8}
+export ROLES=$PWD/examples/bare
+export BIND=0.0.0.0
+# A token of this run, handed to the jobs in their environment.
+export ASYMPO_TOKEN=${ASYMPO_TOKEN:-$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')}
+
+export RENDEZVOUS=$PWD/runs/$RUN_NAME/slurm
+mkdir -p "$RENDEZVOUS"
+rm -f "$RENDEZVOUS"/*.url
+
+here=$(dirname "${BASH_SOURCE[0]}")
+logs=$RENDEZVOUS/%x-%j.log
+engines=$(sbatch --parsable --array=0-$((ENGINES - 1)) --gpus="$GPUS_PER_ENGINE" --output="$RENDEZVOUS/%x-%A-%a.log" \
+  "$here/engine.sbatch")
+controller=$(sbatch --parsable --output="$logs" "$here/controller.sbatch")
+export SERVERS="$engines $controller"
+trainer=$(sbatch --parsable --nodes="${TRAIN_NODES:-1}" --gpus-per-node="$GPUS_PER_NODE" --output="$logs" \
+  "$here/trainer.sbatch")
+echo "engines $engines, controller $controller, trainer $trainer; logs in $RENDEZVOUS"
