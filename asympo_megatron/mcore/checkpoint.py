@@ -4,11 +4,13 @@ A checkpoint is written under a temporary name, gets its ``complete`` marker las
 of the final name is whole and a crash leaves only what the next save removes.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
+import queue
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +18,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from asympo_megatron.config import data_hash
 from asympo_megatron.errors import CheckpointError
@@ -40,7 +43,8 @@ def save(learner: "Learner", directory: Path) -> None:
     _on_rank0(learner, lambda: _prepare(directory, temporary))
     problem = ""
     try:
-        dist_checkpointing.save(_state(learner, loading=False), str(temporary))
+        with _in_process_results():
+            dist_checkpointing.save(_state(learner, loading=False), str(temporary))
     except Exception as error:  # dist_checkpointing raises what its writer processes did
         problem = f"{type(error).__name__}: {error}"
     problems: list[str] = [""] * learner.layout.world_size
@@ -164,6 +168,21 @@ def _check_model(marker: dict[str, Any], learner: "Learner", directory: Path) ->
                 f"checkpoint {directory} holds a model with {name}={saved.get(name)}, this run has {name}={value}. "
                 "Set model.path or model.hf to the model of the checkpoint."
             )
+
+
+@contextlib.contextmanager
+def _in_process_results() -> Iterator[None]:
+    """Let the writer hand its results over in this process.
+
+    ``filesystem_async._get_write_results_queue`` starts a manager process by spawn for asynchronous saves: it imports
+    the program once more (endlessly without a ``__main__`` guard) and outlives the save. Ours is synchronous.
+    """
+    before = filesystem_async._results_queue
+    filesystem_async._results_queue = queue.Queue()
+    try:
+        yield
+    finally:
+        filesystem_async._results_queue = before
 
 
 def _prepare(directory: Path, temporary: Path) -> None:

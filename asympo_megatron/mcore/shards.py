@@ -19,6 +19,12 @@ from asympo_megatron.mcore.model import unwrap
 GATED = "mlp.linear_fc1.weight"
 """Rows are [gate; up], and every tensor-parallel rank holds a slice of both."""
 
+_FUSED_NORMS = {
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+}
+"""Transformer Engine's layers keep a norm inside the projection behind it; the global name does not."""
+
 VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 
@@ -132,4 +138,6 @@ def _global_name(local_name: str, layer_offset: int) -> str:
     parts = local_name.split(".")
     if parts[:2] == ["decoder", "layers"]:
         parts[2] = str(int(parts[2]) + layer_offset)
+        tail = ".".join(parts[3:])
+        parts[3:] = [_FUSED_NORMS.get(tail, tail)]
     return ".".join(parts)

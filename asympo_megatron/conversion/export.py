@@ -1,0 +1,106 @@
+"""Megatron-Core -> Hugging Face: whole tensors, one at a time, from any TP x PP layout."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from asympo_megatron.conversion.names import entries
+from asympo_megatron.conversion.tensors import split_for_hf
+from asympo_megatron.errors import UnknownNameError
+from asympo_megatron.mcore import Learner
+from asympo_megatron.mcore.shards import Shard
+
+ARCHITECTURES = {
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+}
+
+
+def export_hf(learner: Learner) -> Iterator[tuple[str, Tensor]]:
+    """Collective: yield every Hugging Face tensor of the policy, in the order of the forward pass.
+
+    Each parameter is gathered over tensor parallelism by the pipeline stage that holds it and sent to rank 0, one at
+    a time, so no rank ever holds the whole model. Every rank must walk to the end.
+
+    Returns:
+        (name, tensor on the CPU) on rank 0; on the others the tensor is on the meta device: shape without data.
+    """
+    local = {shard.name: shard for shard in learner.shards() if not shard.is_copy}
+    owners, descriptions = _survey(local, learner)
+    facts = learner.plan.facts
+    for entry in entries(facts):
+        shape, dtype = descriptions[entry.megatron]
+        whole = _collect(local.get(entry.megatron), owners[entry.megatron], shape, dtype, learner)
+        yield from split_for_hf(entry, whole, facts)
+
+
+def hf_config_for_export(hf_config: Mapping[str, Any], vocab_size: int, dtype: str = "float32") -> dict[str, Any]:
+    """The config.json that goes with exported weights.
+
+    Args:
+        hf_config: what the model was built from; everything else in it is kept.
+        vocab_size: rows of the embedding.
+        dtype: of the exported tensors, as in config.json (float32 | bfloat16).
+    """
+    model_type = str(hf_config.get("model_type", ""))
+    if model_type not in ARCHITECTURES:
+        raise UnknownNameError("model_type of the Hugging Face config", model_type, ARCHITECTURES)
+    return {
+        **hf_config,
+        "architectures": [ARCHITECTURES[model_type]],
+        "vocab_size": vocab_size,
+        "torch_dtype": dtype,
+    }
+
+
+def _survey(
+    local: Mapping[str, Shard], learner: Learner
+) -> tuple[dict[str, list[int]], dict[str, tuple[tuple[int, ...], torch.dtype]]]:
+    """Per parameter: the tensor-parallel ranks of the first replica that hold it, and its whole shape and dtype."""
+    layout = learner.layout
+    first_replica = layout.dp_rank == 0 and layout.groups.context_rank == 0
+    mine = {}
+    for name, shard in local.items():
+        shape = (shard.true_rows, *shard.global_shape[1:])
+        mine[name] = (shard.rank, shape, shard.param.dtype)
+    held: list[Any] = [None] * layout.world_size
+    dist.all_gather_object(held, mine if first_replica else {})
+    owners: dict[str, list[int]] = {}
+    descriptions = {}
+    for rank, names in enumerate(held):
+        for name, (tensor_rank, shape, dtype) in names.items():
+            owners.setdefault(name, [0] * layout.groups.tensor_size)[tensor_rank] = rank
+            descriptions[name] = (shape, dtype)
+    return owners, descriptions
+
+
+def _collect(
+    shard: Shard | None, owners: list[int], shape: tuple[int, ...], dtype: torch.dtype, learner: Learner
+) -> Tensor:
+    layout = learner.layout
+    whole = torch.empty(shape, dtype=dtype, device="meta")
+    if layout.rank in owners:
+        assert shard is not None
+        whole = _gather(shard, learner)
+        if layout.rank == owners[0] and layout.rank != 0:
+            dist.send(whole.contiguous(), dst=0)
+    if layout.rank != 0:
+        return torch.empty(shape, dtype=dtype, device="meta")
+    if owners[0] != 0:
+        whole = torch.empty(shape, dtype=dtype, device=layout.device)
+        dist.recv(whole, src=owners[0])
+    return whole.cpu()
+
+
+def _gather(shard: Shard, learner: Learner) -> Tensor:
+    param = shard.param.detach().contiguous()
+    if shard.dim is None:
+        return shard.join([param])
+    parts = [torch.empty_like(param) for _ in range(shard.size)]
+    dist.all_gather(parts, param, group=learner.layout.groups.tensor)
+    return shard.join(parts)
