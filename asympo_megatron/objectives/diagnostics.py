@@ -88,7 +88,7 @@ def response_metrics(
     metrics["inverse_nll"] = Stat.histogram(floored_nll_R.reciprocal(), INVERSE_NLL_EDGES, trained_R)
     metrics["ess"] = Stat.ess(torch.where(trained_R, sums.mass_R, 0.0))
     metrics["responses"] = Stat.sum(responses)
-    metrics["tokens"] = Stat.sum(_total(trained_R, batch.token_count_R))
+    metrics["trained_tokens"] = Stat.sum(_total(trained_R, batch.token_count_R))
     metrics["untrained_responses"] = Stat.sum(responses - trained_R.sum())
     zero_R = (batch.advantage_R == 0) & here
     metrics["zero_advantage_fraction"] = Stat.mean(zero_R.sum(), responses)

@@ -37,7 +37,7 @@ def test_no_trained_token_still_has_a_backward(name, ids, advantages, counts):
     assert int(out.normalizer_count) == (0 if name == "sft" else len(advantages))
     metrics = reduce_stats(dict(out.metrics), None)
     assert math.isnan(metrics["nll"])
-    assert metrics["tokens"] == 0
+    assert metrics["trained_tokens"] == 0
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -49,7 +49,7 @@ def test_asympo_metrics():
     assert (metrics["abs_advantage_nll_pos"], metrics["abs_advantage_nll_neg"]) == (0.5, 2.0)
     assert (metrics["weighted_nll_pos"], metrics["weighted_nll_neg"]) == (0.5, 0.5)  # the balance that ASymPO restores
     assert metrics["ess"] == pytest.approx((1 + 0.25) ** 2 / (1 + 0.0625))
-    assert (metrics["responses"], metrics["tokens"], metrics["untrained_responses"]) == (2, 6, 0)
+    assert (metrics["responses"], metrics["trained_tokens"], metrics["untrained_responses"]) == (2, 6, 0)
     assert (metrics["floored_fraction"], metrics["zero_advantage_fraction"]) == (0, 0)
     assert (metrics["nll_pos_max"], metrics["nll_neg_max"]) == (1, 4)
     assert metrics["inverse_nll_p10"] < 0.27 < 0.87 < metrics["inverse_nll_p90"] <= 1.0
