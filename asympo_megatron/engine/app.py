@@ -2,9 +2,10 @@
 
 import hmac
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 
 from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
 
 from asympo_megatron.engine import control, info
 from asympo_megatron.engine.generate import abort_request, generate
@@ -17,7 +18,6 @@ from asympo_megatron.errors import EngineError
 logger = logging.getLogger(__name__)
 
 _MAX_BODY_BYTES = 256 << 20
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 def make_app(options: EngineOptions, model: ServedModel | None = None) -> web.Application:
@@ -77,7 +77,7 @@ async def _model_thread(app: web.Application) -> AsyncIterator[None]:
     app[ENGINE].thread.stop()
 
 
-def _guard(api_key: str | None) -> Callable[[web.Request, Handler], Awaitable[web.StreamResponse]]:
+def _guard(api_key: str | None) -> Middleware:
     """Check the key and turn every exception into the JSON that the real server would answer."""
     expected = f"Bearer {api_key}".encode()
 

@@ -126,11 +126,7 @@ def _check_prompt(engine: Engine, ids: list[int], params: SamplingParams) -> int
         raise BadRequest("a prompt has no token; give at least one.")
     if size >= context:
         raise BadRequest(f"The input ({size} tokens) is longer than the model's context length ({context} tokens).")
-    try:
-        inside = min(ids) >= 0 and max(ids) < engine.model.vocab_size
-    except TypeError as error:
-        raise BadRequest("input_ids holds lists deeper than one level; give token ids.") from error
-    if not inside:
+    if min(ids) < 0 or max(ids) >= engine.model.vocab_size:
         outside = next(token for token in ids if not 0 <= token < engine.model.vocab_size)
         raise BadRequest(f"token id {outside} is outside the model's vocabulary of {engine.model.vocab_size} entries.")
     wanted, room = params.max_new_tokens, context - size

@@ -32,22 +32,27 @@ class BatchLayer(DynamicLayer):
             keys = _with_room(key_states, end)
             values = _with_room(value_states, end)
             if start:
-                keys[:, :, :start], values[:, :, :start] = self.keys, self.values
+                keys[:, :, :start], values[:, :, :start] = self.columns()
             self._buffers = keys, values
         keys, values = self._buffers
         keys[:, :, start:end], values[:, :, start:end] = key_states, value_states
         self.keys, self.values = keys[:, :, :end], values[:, :, :end]
         return self.keys, self.values
 
+    def columns(self) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, heads, L, dim] of a layer that holds some."""
+        assert self.keys is not None
+        assert self.values is not None
+        return self.keys, self.values
+
     def assemble(self, parts: Rows[tuple["BatchLayer", Tensor | None]], length: int) -> None:
         """Become the rows of ``parts`` one after the other, each right-aligned in ``length`` columns."""
-        chosen = [
-            (layer.keys, layer.values) if rows is None else (layer.keys[rows], layer.values[rows])
-            for layer, rows in parts
-        ]
-        self._buffers = _stacked([keys for keys, _ in chosen], length), _stacked([vals for _, vals in chosen], length)
-        self.keys, self.values = (buffer[:, :, :length] for buffer in self._buffers)
-        self.dtype, self.device, self.is_initialized = self.keys.dtype, self.keys.device, True
+        held = [(*layer.columns(), rows) for layer, rows in parts]
+        keys = _stacked([(keys, rows) for keys, _, rows in held], length)
+        values = _stacked([(values, rows) for _, values, rows in held], length)
+        self._buffers = keys, values
+        self.keys, self.values = keys[:, :, :length], values[:, :, :length]
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
 
 
 def _with_room(states: Tensor, length: int) -> Tensor:
@@ -56,17 +61,15 @@ def _with_room(states: Tensor, length: int) -> Tensor:
     return states.new_empty(rows, heads, length + max(_SPARE_COLUMNS, length // 2), dim)
 
 
-def _stacked(parts: list[Tensor], length: int) -> Tensor:
-    rows = sum(part.shape[0] for part in parts)
-    buffer = _with_room(parts[0][:1].expand(rows, -1, -1, -1), length)
-    row = 0
-    for part in parts:
-        kept = min(part.shape[-2], length)
-        block = buffer[row : row + part.shape[0], :, :length]
+def _stacked(parts: list[tuple[Tensor, Tensor | None]], length: int) -> Tensor:
+    sizes = [states.shape[0] if rows is None else rows.shape[0] for states, rows in parts]
+    buffer = _with_room(parts[0][0][:1].expand(sum(sizes), -1, -1, -1), length)
+    for (states, rows), block in zip(parts, buffer[:, :, :length].split(sizes), strict=True):
+        kept = min(states.shape[-2], length)
+        newest = states[:, :, states.shape[-2] - kept :]
         # Padding is masked, but a masked NaN would still poison the weighted sum of values.
         block[:, :, : length - kept] = 0
-        block[:, :, length - kept :] = part[:, :, part.shape[-2] - kept :]
-        row += part.shape[0]
+        block[:, :, length - kept :] = newest if rows is None else newest[rows]
     return buffer
 
 
@@ -74,7 +77,8 @@ class BatchCache(Cache):
     """The cache of a batch, one :class:`BatchLayer` a model layer, full length also where attention slides."""
 
     def __init__(self, num_layers: int) -> None:
-        super().__init__(layers=[BatchLayer() for _ in range(num_layers)])
+        self.batch_layers = [BatchLayer() for _ in range(num_layers)]
+        super().__init__(layers=list(self.batch_layers))
 
     @staticmethod
     def assembled(parts: Rows[tuple["BatchCache", Tensor | None]], length: int) -> "BatchCache":
@@ -84,9 +88,9 @@ class BatchCache(Cache):
             parts: (cache, int64 row numbers or None for all its rows).
             length: columns to keep, counted from the newest.
         """
-        merged = BatchCache(len(parts[0][0].layers))
-        for number, layer in enumerate(merged.layers):
-            layer.assemble([(cache.layers[number], rows) for cache, rows in parts], length)
+        merged = BatchCache(len(parts[0][0].batch_layers))
+        for number, layer in enumerate(merged.batch_layers):
+            layer.assemble([(cache.batch_layers[number], rows) for cache, rows in parts], length)
         return merged
 
 

@@ -17,7 +17,7 @@ from asympo_megatron.engine.options import EngineOptions
 from asympo_megatron.errors import EngineError, PublishError
 from asympo_megatron.sync.manifest import MANIFEST_NAME, verify_version
 
-_DTYPES = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16}
+_DTYPES: dict[str, Any] = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16}
 _ATTENTION_TYPES = {"full_attention", "sliding_attention"}
 
 logger = logging.getLogger(__name__)
@@ -132,9 +132,10 @@ def weight_checksums(model: ServedModel) -> dict[str, str]:
     }
 
 
-def _from_pretrained(path: Path, dtype: str | torch.dtype) -> Any:
+def _from_pretrained(path: Path, dtype: Any) -> Any:
+    auto: Any = AutoModelForCausalLM
     try:
-        module, report = AutoModelForCausalLM.from_pretrained(
+        module, report = auto.from_pretrained(
             path, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, use_safetensors=True
         )
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:

@@ -62,12 +62,10 @@ class Sequence:
 
     def version_spans(self) -> list[dict[str, Any]]:
         """``weight_versions`` of the answer."""
-        total = len(self.output_ids)
-        starts = [start for _, start in self.spans]
-        ends = [*starts[1:], total]
+        ends = [start for _, start in self.spans[1:]] + [len(self.output_ids)]
         return [
             {"version": version, "start": start, "end": end}
-            for (version, start), end in zip(self.spans, ends, strict=True)
+            for (version, start), end in zip(self.spans, ends, strict=False)  # a sequence that never ran has no span
             if end > start
         ]
 

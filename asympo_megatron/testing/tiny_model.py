@@ -51,7 +51,7 @@ def make_tiny_model(directory: str | Path, kind: str = "qwen3", seed: int = 0, t
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=16,
-        max_position_embeddings=512,
+        max_position_embeddings=2048,
         pad_token_id=PAD_ID,
         bos_token_id=BOS_ID,
         eos_token_id=EOS_ID,

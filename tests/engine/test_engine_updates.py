@@ -1,0 +1,278 @@
+"""Pauses, aborts and weight updates while requests run; every recorded state of the real server is brought about."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine_client import PROMPT, EngineClient, assert_like, generate_body, logprobs, recording
+from safetensors.torch import load_file, save_file
+
+from asympo_megatron.sync import verify_version, write_version
+
+LONG = 400
+"""Tokens enough to still be running when the test thread gets to its next call."""
+
+
+def recorded_pause(name: str) -> list[Any]:
+    return next(entry[name] for entry in recording() if name in entry)
+
+
+def check_pause_record(name: str, answers: list[dict[str, Any]]) -> None:
+    """The recorded meta_info of a pause scenario, request by request (matched by id)."""
+    recorded = {meta["id"]: meta for _, meta, _ in recorded_pause(name)}
+    for answer in answers:
+        meta = answer["meta_info"]
+        expected = recorded[meta["id"]]
+        assert_like(expected, {key: meta[key] for key in expected})
+        assert meta["num_retractions"] == expected["num_retractions"]
+        assert meta["finish_reason"]["type"] == expected["finish_reason"]["type"]
+        assert [span["version"] for span in meta["weight_versions"]] == [
+            span["version"] for span in expected["weight_versions"]
+        ]
+        assert len(answer["output_ids"]) == len(logprobs(answer)) == meta["completion_tokens"]
+
+
+@torch.no_grad()
+def continue_greedily(model: torch.nn.Module, ids: list[int], count: int) -> list[int]:
+    given = torch.tensor([ids])
+    mask = torch.ones_like(given)
+    out = model.generate(given, attention_mask=mask, do_sample=False, max_new_tokens=count, eos_token_id=None)
+    return out[0, len(ids) :].tolist()
+
+
+def test_pause_abort_returns_partials_and_holds_new_requests(engine: EngineClient) -> None:
+    engine.post("/update_weight_version", {"new_version": "default"})
+    running = [engine.start(rid=f"abort{row}", max_new_tokens=LONG) for row in range(2)]
+    engine.wait_for(running=2)
+    with engine.paused("abort"):
+        partial = [future.result(30) for future in running]
+        late = engine.start(rid="late-abort", max_new_tokens=4)
+        engine.wait_for(waiting=1)
+        assert not late.done()
+        assert engine.call("/flush_cache", {}, "POST")[0] == 200
+        engine.update(engine.model_b, "v-abort")
+    check_pause_record("pause_abort", [*partial, late.result(30)])
+    assert all(0 < answer["meta_info"]["completion_tokens"] < LONG for answer in partial)
+    assert engine.generate(max_new_tokens=4)["output_ids"] == late.result()["output_ids"]
+
+
+def test_retract_continues_under_new_weights_as_a_fresh_request_would(
+    engine: EngineClient, references: dict[str, torch.nn.Module]
+) -> None:
+    engine.post("/update_weight_version", {"new_version": "v-abort"})
+    running = [engine.start([*PROMPT, row], f"retract{row}", max_new_tokens=LONG) for row in range(2)]
+    engine.wait_for(running=2)
+    with engine.paused("retract"):
+        late = engine.start(rid="late-retract", max_new_tokens=4)
+        engine.wait_for(waiting=3)
+        assert engine.call("/flush_cache", {}, "POST")[0] == 200
+        engine.update(engine.model_b, "v-retract")
+    answers = [future.result(60) for future in running]
+    check_pause_record("pause_retract", [*answers, late.result(30)])
+    for row, answer in enumerate(answers):
+        old, new = answer["meta_info"]["weight_versions"]
+        assert (old["start"], old["end"], new["end"]) == (0, new["start"], LONG)
+        kept = [*PROMPT, row, *answer["output_ids"][: new["start"]]]
+        fresh = continue_greedily(references["qwen3_b"], kept, 40)
+        assert answer["output_ids"][new["start"] :][:40] == fresh
+        stale = continue_greedily(references["qwen3"], kept, 40)
+        assert fresh != stale  # the mutant that keeps the old weights
+
+
+def test_in_place_continues_on_the_old_cache(
+    engine: EngineClient, references: dict[str, torch.nn.Module]
+) -> None:
+    engine.post("/update_weight_version", {"new_version": "v-retract"})
+    running = [engine.start([*PROMPT, row], f"in_place{row}", max_new_tokens=LONG) for row in range(2)]
+    engine.wait_for(running=2)
+    with engine.paused("in_place"):
+        late = engine.start(rid="late-in_place", max_new_tokens=4)
+        engine.wait_for(waiting=1)
+        assert engine.call("/flush_cache", {}, "POST") == (400, "Flush cache failed.\n")
+        body = {"model_path": str(engine.model_b), "weight_version": "v-in_place", "flush_cache": True}
+        status, refused = engine.call("/update_weights_from_disk", body, "POST")
+        assert (status, refused["success"]) == (400, False)
+        assert "Cache flush failed" in refused["message"]
+        engine.update(engine.model_b, "v-in_place", flush_cache=False)
+    answers = [future.result(60) for future in running]
+    check_pause_record("pause_in_place", [*answers, late.result(30)])
+    for row, answer in enumerate(answers):
+        split = answer["meta_info"]["weight_versions"][1]["start"]
+        kept = [*PROMPT, row, *answer["output_ids"][:split]]
+        mixed = continue_on_old_cache(references["qwen3"], references["qwen3_b"], kept, 40)
+        assert answer["output_ids"][split:][:40] == mixed
+        assert mixed != continue_greedily(references["qwen3_b"], kept, 40)  # the mutant that recomputes the cache
+
+
+@torch.no_grad()
+def continue_on_old_cache(old: torch.nn.Module, new: torch.nn.Module, ids: list[int], count: int) -> list[int]:
+    """Keys and values of all but the last token from ``old``; everything after by ``new``."""
+    cache = old(torch.tensor([ids[:-1]]), use_cache=True).past_key_values
+    token, sampled = ids[-1], []
+    for _ in range(count):
+        output = new(torch.tensor([[token]]), past_key_values=cache, use_cache=True)
+        token = int(output.logits[0, -1].argmax())
+        sampled.append(token)
+    return sampled
+
+
+def test_update_without_pause_waits_for_running_requests_and_holds_new_ones(engine: EngineClient) -> None:
+    running = engine.start(max_new_tokens=LONG)
+    engine.wait_for(running=1)
+    engine.update(engine.model_b, "v2")
+    assert [span["version"] for span in running.result(30)["meta_info"]["weight_versions"]] == ["default"]
+    assert engine.generate(max_new_tokens=2)["meta_info"]["weight_version"] == "v2"
+
+
+def test_abort_matches_by_prefix(engine: EngineClient) -> None:
+    rids = ["run.1.g1.", "run.1.g10.", "run.1.g2.", "other"]
+    running = {rid: engine.start(rid=rid, max_new_tokens=LONG) for rid in rids}
+    engine.wait_for(running=4)
+    assert engine.call("/abort_request", {"rid": "run.1.g1"}, "POST") == (200, "")
+    for rid in rids[:2]:
+        meta = running[rid].result(30)["meta_info"]
+        assert meta["finish_reason"] == {"type": "abort", "message": "Aborted", "status_code": None, "err_type": None}
+        assert 0 < meta["completion_tokens"] < LONG
+    for rid in rids[2:]:
+        assert running[rid].result(60)["meta_info"]["completion_tokens"] == LONG
+
+
+def test_abort_reaches_held_requests(engine: EngineClient) -> None:
+    with engine.paused("in_place"):
+        held = engine.start(rid="held", max_new_tokens=4)
+        engine.wait_for(waiting=1)
+        engine.post("/abort_request", {"rid": "held"})
+        answer = held.result(30)
+    assert answer["output_ids"] == []
+    assert answer["meta_info"]["finish_reason"]["type"] == "abort"
+    assert answer["meta_info"]["weight_versions"] == []
+
+
+def test_an_empty_rid_aborts_everything(engine: EngineClient) -> None:
+    running = [engine.start(rid=rid, max_new_tokens=LONG) for rid in ("a", "b")]
+    engine.wait_for(running=2)
+    engine.post("/abort_request", {"rid": ""})
+    assert [future.result(30)["meta_info"]["finish_reason"]["type"] for future in running] == ["abort", "abort"]
+
+
+def test_a_rid_in_use_is_refused(engine: EngineClient) -> None:
+    running = engine.start(rid="twice", max_new_tokens=LONG)
+    engine.wait_for(running=1)
+    status, answer = engine.call("/generate", generate_body(PROMPT, "twice", max_new_tokens=1), "POST")
+    assert status == 400
+    assert "Duplicate request ID detected: twice" in answer["error"]["message"]
+    engine.post("/abort_request", {"rid": "twice"})
+    assert running.result(30)["meta_info"]["finish_reason"]["type"] == "abort"
+    assert engine.generate(rid="twice", max_new_tokens=1)["meta_info"]["id"] == "twice"
+
+
+def test_flush_waits_for_its_timeout(engine: EngineClient) -> None:
+    running = engine.start(max_new_tokens=200)
+    engine.wait_for(running=1)
+    status, text = engine.call("/flush_cache?timeout=30", {}, "POST")
+    assert status == 200
+    assert text.startswith("Cache flushed.")
+    assert running.result(1)["meta_info"]["completion_tokens"] == 200
+
+
+def test_relabel_while_running_starts_a_span(engine: EngineClient) -> None:
+    running = engine.start(max_new_tokens=LONG)
+    engine.wait_for(running=1)
+    engine.post("/update_weight_version", {"new_version": "seven", "abort_all_requests": False})
+    spans = running.result(60)["meta_info"]["weight_versions"]
+    assert [span["version"] for span in spans] == ["default", "seven"]
+    assert spans[0]["end"] == spans[1]["start"] > 0
+
+
+def test_released_memory_holds_requests_until_it_is_resumed(engine: EngineClient) -> None:
+    running = engine.start(rid="busy", max_new_tokens=LONG)
+    engine.wait_for(running=1)
+    status, answer = engine.call("/release_memory_occupation", {}, "POST")
+    assert status == 400
+    assert "idle engine" in answer["error"]["message"]
+    engine.post("/abort_request", {"rid": "busy"})
+    running.result(30)
+    engine.post("/release_memory_occupation")
+    held = engine.start(max_new_tokens=2)
+    engine.wait_for(waiting=1)
+    engine.post("/resume_memory_occupation")
+    assert held.result(30)["meta_info"]["completion_tokens"] == 2
+
+
+def damaged_copies(models: dict[str, Path], root: Path) -> dict[str, tuple[Path, str]]:
+    """Directories that must not be loaded, and the words that say why."""
+    weights = load_file(models["qwen3_b"] / "model.safetensors")
+    published = write_version(root / "published", 1, 1, weights.items(), "x", models["qwen3_b"])
+    file = published / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+    cut = root / "cut"
+    shutil.copytree(models["qwen3_b"], cut)
+    (cut / "model.safetensors").write_bytes((models["qwen3_b"] / "model.safetensors").read_bytes()[:-1000])
+
+    lacking = root / "lacking"
+    shutil.copytree(models["qwen3_b"], lacking)
+    save_file({k: v for k, v in weights.items() if "o_proj" not in k}, lacking / "model.safetensors", {"format": "pt"})
+
+    wider = root / "wider"
+    shutil.copytree(models["qwen3_b"], wider)
+    shape = torch.zeros(321, 64)
+    save_file(weights | {"lm_head.weight": shape}, wider / "model.safetensors", {"format": "pt"})
+
+    empty = root / "empty"
+    empty.mkdir()
+    return {
+        "bit flip": (published, "sha256"),
+        "truncated": (cut, "Failed to load weights"),
+        "tensor missing": (lacking, "o_proj"),
+        "other shape": (wider, "lm_head.weight"),
+        "no file": (empty, "no safetensors file"),
+        "nothing": (root / "nothing", "not a directory"),
+    }
+
+
+def test_failed_update_changes_nothing(engine: EngineClient, models: dict[str, Path], tmp_path: Path) -> None:
+    before = engine.generate(max_new_tokens=20)["output_ids"]
+    checksum = engine.post("/weights_checker", {"action": "checksum"})["per_engine_checksum"]
+    for name, (path, words) in damaged_copies(models, tmp_path).items():
+        body = {"model_path": str(path), "weight_version": "broken"}
+        status, answer = engine.call("/update_weights_from_disk", body, "POST")
+        assert (status, answer["success"], answer["num_paused_requests"]) == (400, False, 0), name
+        assert words in answer["message"], (name, answer)
+    assert engine.call("/model_info")[1]["weight_version"] == "default"
+    assert engine.call("/model_info")[1]["model_path"] == str(engine.model_a)
+    assert engine.post("/weights_checker", {"action": "checksum"})["per_engine_checksum"] == checksum
+    assert engine.generate(max_new_tokens=20)["output_ids"] == before
+
+
+def test_published_version_is_served(
+    engine: EngineClient, models: dict[str, Path], references: dict[str, torch.nn.Module], tmp_path: Path
+) -> None:
+    """Trainer's writer to engine, in several shards, greedy tokens as transformers gives them."""
+    weights = load_file(models["qwen3_b"] / "model.safetensors")
+    path = write_version(tmp_path, 3, 3, weights.items(), "abc", models["qwen3_b"], shard_bytes=100_000)
+    assert len(list(path.glob("*.safetensors"))) > 2
+    assert verify_version(path).version == 3
+    engine.update(path, "3")
+    answer = engine.generate(max_new_tokens=20)
+    assert answer["output_ids"] == continue_greedily(references["qwen3_b"], PROMPT, 20)
+    assert answer["meta_info"]["weight_version"] == "3"
+    info = engine.call("/model_info")[1]
+    assert (info["model_path"], info["weight_version"]) == (str(path), "3")
+
+
+def test_checksums_follow_the_weights(engine: EngineClient) -> None:
+    def read() -> dict[str, Any]:
+        return engine.post("/weights_checker", {"action": "checksum"})
+
+    first = read()
+    engine.update(engine.model_b, "b")
+    second = read()
+    engine.update(engine.model_a, "a")
+    assert second["per_engine_checksum"] != first["per_engine_checksum"]
+    assert second["ranks"][0]["checksums"]["lm_head.weight"] != first["ranks"][0]["checksums"]["lm_head.weight"]
+    assert read() == first
