@@ -59,7 +59,7 @@ def engine(arguments: argparse.Namespace) -> int:
     model_dir = prepare_model_dir(config, RunDir.of(config).path)
     serve(
         EngineOptions(
-            model_path=model_dir,
+            model_path=str(model_dir),
             host=rollout.engine_host,
             port=rollout.engine_port,
             load_format="dummy",
