@@ -69,6 +69,14 @@ def test_floor_bounds_the_weight_of_a_certain_response():
     assert reduced["J"] == pytest.approx(0.0)  # (log floor - log floor) / 2
 
 
+@pytest.mark.parametrize("objective", [ASymPO(), Reinforce()])
+def test_count_zero_means_weight_zero(objective):
+    """Masking a response by its count alone suffices, even where its tokens still carry its row."""
+    batch = make_batch([0, 0, 1], [1.0, -1.0], [0, 1])
+    weight_T, _ = objective.weigh(torch.tensor([0.5, 0.5, 1.0], dtype=torch.float64), batch)
+    assert weight_T.tolist() == [0.0, 0.0, -1.0]
+
+
 def test_one_token_response_on_the_floor_boundary():
     batch = make_batch([0], [1.0], [1])
     below, _ = ASymPO(nll_floor=0.5).weigh(torch.tensor([0.25], dtype=torch.float64), batch)

@@ -29,6 +29,12 @@ def test_names_and_options():
     assert build_objective("asympo").needs == frozenset()
 
 
+def test_documented_defaults():
+    assert build_objective("asympo") == ASymPO(nll_floor=1e-3)
+    assert build_objective("spo") == SPO(negative_scale=0.3)
+    assert build_objective("grpo") == GRPO(clip_low=0.2, clip_high=0.2, normalizer="responses", constant_tokens=None)
+
+
 @pytest.mark.parametrize(
     ("name", "options", "error", "message"),
     [
