@@ -56,7 +56,10 @@ class Journal:
             self._db = sqlite3.connect(self.path, isolation_level=None)
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.executescript(_SCHEMA)
+            self._durable: bool | None = None
             self._check_owner(run_id, data_hash)
+            self.incarnation = int(self._meta("incarnation", "0"))
+            """Number of the newest trainer that attached; 0 before the first."""
         except sqlite3.DatabaseError as error:
             os.close(self._lock)
             raise JournalError(
@@ -72,11 +75,6 @@ class Journal:
         os.close(self._lock)
 
     # -- meta
-
-    @property
-    def incarnation(self) -> int:
-        """Number of the newest trainer that attached; 0 before the first."""
-        return int(self._meta("incarnation", "0"))
 
     @property
     def committed_step(self) -> int:
@@ -156,6 +154,7 @@ class Journal:
             self._set("committed_step", str(resumed_step))
             self._db.execute("UPDATE groups SET state='committed' WHERE lease_step < ?", (resumed_step,))
             self._db.execute("UPDATE groups SET state='leased' WHERE lease_step >= ?", (resumed_step,))
+        self.incarnation = incarnation
         return incarnation
 
     def commit(self, step: int, oldest_step: int) -> None:
@@ -271,7 +270,9 @@ class Journal:
 
     @contextmanager
     def _transaction(self, *, durable: bool = False) -> Iterator[None]:
-        self._db.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
+        if durable is not self._durable:
+            self._db.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
+            self._durable = durable
         self._db.execute("BEGIN IMMEDIATE")
         try:
             yield

@@ -64,7 +64,7 @@ class FakeScorer:
     """Reward: 1 for every second response of a group."""
 
     def __init__(self) -> None:
-        self.failing: Callable[[FakePrompt], bool] = lambda prompt: False
+        self.failing: Callable[[FakePrompt], bool] = lambda _: False
         self.calls = 0
 
     async def score(self, prompt: FakePrompt, responses: list[list[int]]) -> list[float]:
@@ -173,7 +173,7 @@ async def world(
     *,
     scorer: FakeScorer | None = None,
     task: FakeTask | None = None,
-    verify: Callable[[Path], object] = lambda path: None,
+    verify: Callable[[Path], object] = lambda _: None,
     app: Callable[[Controller], web.Application] | None = None,
 ) -> AsyncIterator[World]:
     """Start everything; stop everything. Engines given are started if they are not."""
