@@ -40,7 +40,7 @@ class RunConsole:
         self._name, self._steps, self._enabled = config.run.name, config.run.steps, config.logging.progress
         self._tail = RowTail(Path(run_dir) / "metrics.jsonl")
         self._console, self._clock = console or Console(), clock
-        self._state = RunState()
+        self._state = RunState(sampled=config.rollout.source != "supervised")
         self._first = (clock(), 0)
         self._next_line_s = clock()
         self._live: Live | None = None
@@ -106,9 +106,14 @@ class RunConsole:
 
 
 class RunState:
-    """The newest figures of a run, from rows in the order they were written."""
+    """The newest figures of a run, from rows in the order they were written.
 
-    def __init__(self) -> None:
+    Args:
+        sampled: False for supervised steps: reward and lag say nothing there, the loss does.
+    """
+
+    def __init__(self, sampled: bool = True) -> None:
+        self._sampled = sampled
         self.row: dict[str, Any] | None = None
         self.step = 0
         self.unseen = False
@@ -122,7 +127,7 @@ class RunState:
         again = self.row is not None and row.get("incarnation", 0) > self.row.get("incarnation", 0)
         if self.row is None or again or row["step"] >= self.step:
             self.row, self.step = dict(row), row["step"]
-            if row.get("reward/mean") is not None:
+            if self._sampled and row.get("reward/mean") is not None:
                 self.rewards.append(row["reward/mean"])
         if row.get("eval/accuracy") is not None and (again or self._eval is None or row["eval/step"] >= self._eval[0]):
             self._eval = (row["eval/step"], row["eval/accuracy"])
@@ -132,10 +137,10 @@ class RunState:
         row = self.row or {}
         lag = f"{_number(row, 'lag/mean')} (max {_number(row, 'lag/max', '.0f')})"
         found = {
-            "reward": _number(row, "reward/mean", ".3f"),
+            "reward": _number(row, "reward/mean", ".3f") if self._sampled else None,
             "held-out": f"{self._eval[1]:.3f} at step {self._eval[0]}" if self._eval else None,
-            "loss": _number(row, "train/loss", ".3f") if row.get("reward/mean") is None else None,
-            "lag": lag if row.get("lag/mean") is not None and row.get("reward/mean") is not None else None,
+            "loss": None if self._sampled else _number(row, "train/loss", ".3f"),
+            "lag": lag if self._sampled and row.get("lag/mean") is not None else None,
             "in flight": _number(row, "rollout/in_flight", ".0f"),
             "trained tok/s": _number(row, "train/tokens_per_s", ",.0f"),
             "sampled tok/s": _number(row, "rollout/tokens_per_s", ",.0f"),

@@ -22,8 +22,8 @@ def row(step, **more):
     return {"step": step, "incarnation": 1, **figures, "train/tokens_per_s": 3456.7, **more}
 
 
-def watch(tmp_path, terminal, **logging):
-    config = load_config("quickstart", ["run.steps=100", *(f"logging.{k}={v}" for k, v in logging.items())])
+def watch(tmp_path, terminal, *overrides):
+    config = load_config("quickstart", ["run.steps=100", *overrides])
     out, clock = io.StringIO(), Clock()
     console = Console(file=out, force_terminal=terminal, width=100, color_system=None)
     return (
@@ -61,7 +61,7 @@ def test_no_line_when_nothing_is_new(tmp_path):
 
 def test_progress_false_prints_nothing(tmp_path):
     for terminal in (False, True):
-        console, writer, out, _ = watch(tmp_path, terminal=terminal, progress="false")
+        console, writer, out, _ = watch(tmp_path, terminal, "logging.progress=false")
         with console:
             writer.write(row(1))
             console.update()
@@ -92,10 +92,12 @@ def test_the_screen_shows_bar_figures_and_remaining_time(tmp_path):
         assert text in screen, text
 
 
-def test_supervised_steps_show_their_loss(tmp_path):
-    console, writer, out, _ = watch(tmp_path, terminal=False)
+def test_supervised_steps_show_their_loss_and_no_reward(tmp_path):
+    console, writer, out, _ = watch(tmp_path, False, "rollout.source=supervised", "objective.name=sft")
     with console:
-        writer.write({"step": 3, "incarnation": 1, "train/loss": 1.25, "lag/mean": 0.0})
+        writer.write(
+            {"step": 3, "incarnation": 1, "train/loss": 1.25, "lag/mean": 0.0, "lag/max": 0, "reward/mean": 1.0}
+        )
     assert out.getvalue() == "step 3/100  loss 1.250\n"
 
 

@@ -140,7 +140,21 @@ def test_sparse_rows_give_a_page(tmp_path, rows):
     run_dir.create(config)
     for row in rows:
         MetricsWriter(run_dir.metrics).write(row)
-    assert "supervised learning on spell_backward" in write_report(run_dir.path).read_text()
+    assert "Supervised learning on spell_backward" in write_report(run_dir.path).read_text()
+
+
+def test_a_supervised_run_shows_its_loss_and_neither_reward_nor_lag(run_dir):
+    rows = read_rows(run_dir / "warmup" / "metrics.jsonl")
+    config = load_config(
+        "quickstart", [f"run.root={run_dir}", "run.name=alone", "rollout.source=supervised", "objective.name=sft"]
+    )
+    alone = RunDir.of(config)
+    alone.create(config)
+    writer = MetricsWriter(alone.metrics)
+    for row in rows:
+        writer.write(row)
+    titles = re.findall(r"<h3>(.*?)</h3>", write_report(alone.path).read_text())
+    assert titles == ["Loss"]
 
 
 def test_what_is_no_run_is_refused(tmp_path):

@@ -33,7 +33,7 @@ def lag_counts(run: RunData) -> np.ndarray:
 
 def lag_histogram(run: RunData) -> Plot | None:
     counts = lag_counts(run)
-    if not counts.sum():
+    if not counts.sum() or not run.series("lag/mean"):
         return None
     bound = run.config.rollout.max_lag_steps
     with new_axes() as (figure, axes):
@@ -65,7 +65,7 @@ def _percent(part: float) -> str:
 
 def lag_by_step(run: RunData) -> Plot | None:
     mean, largest = run.series("lag/mean"), run.series("lag/max")
-    if not mean or not largest or not run.is_rl:
+    if not mean or not largest:
         return None
     bound = run.config.rollout.max_lag_steps
     with new_axes() as (figure, axes):

@@ -113,6 +113,18 @@ def grad_norm(run: RunData) -> Plot | None:
         return Plot("Gradient norm", "Of the whole model, over all ranks.", to_svg(figure))
 
 
+def loss(run: RunData) -> Plot | None:
+    """Only for supervised steps: the value of an RL loss says nothing."""
+    line = run.series("train/loss")
+    if run.is_rl or not line:
+        return None
+    with new_axes(wide=True, height=3.5) as (figure, axes):
+        trend(axes, line, GREEN)
+        axes.set_ylabel("nats per token")
+        steps_axis(axes)
+        return Plot("Loss", "Mean token NLL of the reference answers.", to_svg(figure), wide=True)
+
+
 def warmup_loss(run: RunData) -> Plot | None:
     line = series(run.warmup_rows, "train/loss")
     if not line:

@@ -7,7 +7,7 @@ from asympo_megatron.metrics.report.drawing import Plot
 from asympo_megatron.metrics.report.rundata import RunData
 
 SECTIONS: Sequence[tuple[str, Sequence[Callable[[RunData], Plot | None]]]] = (
-    ("Learning", (learning.headline, learning.j, learning.entropy)),
+    ("Learning", (learning.headline, learning.loss, learning.j, learning.entropy)),
     ("Stability", (learning.nll, learning.nll_ratio, learning.grad_norm, learning.warmup_loss)),
     ("Asynchrony", (asynchrony.lag_histogram, asynchrony.lag_by_step, asynchrony.spans, asynchrony.in_flight)),
     ("Speed", (asynchrony.throughput, asynchrony.time_parts)),

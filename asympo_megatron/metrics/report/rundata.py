@@ -1,7 +1,7 @@
 """What a report is drawn from: the files of a run directory, read once."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +10,15 @@ import numpy as np
 from asympo_megatron.config import Config, RunDir, load_config
 from asympo_megatron.errors import RecordError
 from asympo_megatron.metrics.jsonl import Row, read_rows
+
+
+_SILENT: Mapping[str, tuple[str, ...]] = {
+    "engines": (),
+    "replay": ("lag/",),
+    "supervised": ("lag/", "reward/", "train/J"),
+}
+"""Metrics that are constant by construction, by rollout.source: groups of a file are not stale, and reference answers
+have no reward."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +56,9 @@ class RunData:
     """Number of model parameters, from the newest published weights; None when none lie in the run directory."""
 
     def series(self, name: str) -> Series:
-        """A metric by step; rows without it, or with null, are left out."""
-        return series(self.rows, name)
+        """A metric by step; rows without it, or with null, are left out, and so is what means nothing in this run."""
+        silent = _SILENT[self.config.rollout.source]
+        return series(self.rows if not name.startswith(silent) else (), name)
 
     @property
     def steps_done(self) -> int:

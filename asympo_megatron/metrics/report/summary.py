@@ -48,6 +48,7 @@ def _outcome(run: RunData) -> str:
     steps, planned = run.steps_done, run.config.run.steps
     done = f"{steps:,} steps" if steps >= planned else f"{steps:,} of {planned:,} planned steps"
     text = f"{objective_name(run)} on {task_name(run)}: {done}."
+    text = text[0].upper() + text[1:]
     accuracy = run.series("eval/accuracy")
     if len(accuracy.steps) > 1:
         text += (
@@ -96,7 +97,7 @@ def _what_rl_did(run: RunData) -> str | None:
 
 def _staleness(run: RunData) -> str | None:
     lag, largest = run.series("lag/mean"), run.series("lag/max")
-    if not lag or not largest or run.config.rollout.source != "engines":
+    if not lag or not largest:
         return None
     bound, counts = run.config.rollout.max_lag_steps, lag_counts(run)
     if bound == 0 and largest.values.max() == 0:
@@ -136,7 +137,7 @@ def tiles(run: RunData) -> Iterator[tuple[str, str, str]]:
         yield "loss", f"{loss.last:.3f}", f"from {loss.first:.3f} nats per token"
     yield "optimizer steps", f"{run.steps_done:,}", f"of {run.config.run.steps:,}"
     lag = run.series("lag/mean")
-    if lag and run.is_rl:
+    if lag:
         yield "mean lag", f"{lag.mean:.2f}", f"steps, bound {run.config.rollout.max_lag_steps}"
     if run.rows[-1].get("time_s"):
         yield "time", clock_time(max(row.get("time_s", 0.0) for row in run.rows)), "without start-up and warm start"
@@ -154,7 +155,9 @@ _FIGURES = (
     ("NLL of positives, first → last (nats per token)", "train/nll_pos", lambda v: f"{v[0]:.3g} → {v[-1]:.3g}"),
     ("NLL of negatives, first → last (nats per token)", "train/nll_neg", lambda v: f"{v[0]:.3g} → {v[-1]:.3g}"),
     ("Effective sample size of the weights, mean", "train/ess", lambda v: f"{v.mean():,.1f}"),
-    ("Responses with advantage 0, mean share", "train/zero_advantage_fraction", lambda v: f"{v.mean():.1%}"),
+    ("Groups whose rewards are all equal, mean share", "reward/zero_variance_groups", lambda v: f"{v.mean():.1%}"),
+    ("Responses cut at the length limit, mean share", "rollout/truncated_fraction", lambda v: f"{v.mean():.2%}"),
+    ("Groups dropped", "rollout/dropped", lambda v: f"{v.max():,.0f}"),
     ("Responses below the NLL floor, mean share", "train/floored_fraction", lambda v: f"{v.mean():.2%}"),
     ("Response tokens trained", "train/tokens", lambda v: f"{v.sum():,.0f}"),
     ("Mean lag / largest lag (steps)", "lag/mean", lambda v: f"{v.mean():.2f} / "),
@@ -170,7 +173,7 @@ def key_figures(run: RunData) -> Iterator[tuple[str, str]]:
     """Name and value of everything the run reports of the list above."""
     for label, name, form in _FIGURES:
         line = run.series(name)
-        if line and (run.is_rl or not name.startswith(("lag/", "reward/"))):
+        if line:
             value = form(line.values)
             yield label, value + (f"{run.series('lag/max').values.max():.0f}" if name == "lag/mean" else "")
     incarnations = {row.get("incarnation") for row in run.rows} - {None}
