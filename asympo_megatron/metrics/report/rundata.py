@@ -11,7 +11,6 @@ from asympo_megatron.config import Config, RunDir, load_config
 from asympo_megatron.errors import RecordError
 from asympo_megatron.metrics.jsonl import Row, read_rows
 
-
 _SILENT: Mapping[str, tuple[str, ...]] = {
     "engines": (),
     "replay": ("lag/",),
