@@ -43,11 +43,11 @@ class ReasoningGymJudge:
 
 
 class MathJudge:
-    r"""math-verify: {"gold", "text", "tagged"} -> 1.0 if equal, else 0.0.
+    r"""math-verify: {"gold", "text", "marked"} -> 1.0 if equal, else 0.0.
 
-    The reference answer, and a response's tagged answer, are taken as one expression; of any other response math-verify
-    picks the expression: the last \boxed{}, else a "final answer", else the last one. Its own time limits need SIGALRM
-    on the main thread and are off: the worker as a whole is limited.
+    The reference answer and a marked text are taken as one expression; in any other text math-verify looks for one (a
+    "final answer", else the last expression). Its own time limits need SIGALRM on the main thread and are off: the
+    worker as a whole is limited.
     """
 
     def __init__(self) -> None:
@@ -56,13 +56,13 @@ class MathJudge:
 
         self._parse = math_verify.parse
         self._verify = math_verify.verify
-        self({"gold": r"\frac{1}{2}", "text": "0.5", "tagged": True})  # builds its grammars before any clock runs
+        self({"gold": r"\frac{1}{2}", "text": "0.5", "marked": True})  # builds its grammars before any clock runs
 
     def __call__(self, job: dict[str, Any]) -> float:
         gold = self._expressions(_as_expression(job["gold"]))
         if not gold:
             raise JudgeFault(f"math-verify finds no expression in the reference answer {job['gold']!r}.")
-        found = self._expressions(_as_expression(job["text"]) if job["tagged"] else job["text"])
+        found = self._expressions(_as_expression(job["text"]) if job["marked"] else job["text"])
         return float(self._verify(gold, found, timeout_seconds=None, raise_on_error=True))
 
     def _expressions(self, text: str) -> list[Any]:

@@ -18,6 +18,7 @@ import tenacity
 from asympo_megatron.config.schema import TaskConfig
 from asympo_megatron.errors import RewardError
 from asympo_megatron.tasks.items import Prompt
+from asympo_megatron.tasks.jsonl import last_boxed
 from asympo_megatron.tasks.judges import JudgeFault, ReasoningGymJudge
 from asympo_megatron.tasks.reasoning_gym import ReasoningGymSource
 from asympo_megatron.tasks.workers import Verdict, WorkerLostError, WorkerPool, WorkerRaisedError, WorkerSpec
@@ -166,13 +167,14 @@ class Gym(Pooled):
 
 
 class Math(Pooled):
-    """Mathematical equality by math-verify."""
+    r"""math-verify on the last ``<answer>``, else the last ``\boxed{}``, else what it finds in the text."""
 
     def job(self, prompt: Prompt, text: str) -> dict[str, Any]:
-        return {"gold": prompt.answer, "text": extract_answer(text), "tagged": bool(_ANSWER.search(text))}
+        marked = extract_answer(text) if _ANSWER.search(text) else last_boxed(text)
+        return {"gold": prompt.answer, "text": text if marked is None else marked, "marked": marked is not None}
 
     def reference_job(self, prompt: Prompt) -> dict[str, Any] | None:
-        return {"gold": prompt.answer, "text": prompt.answer, "tagged": True}
+        return {"gold": prompt.answer, "text": prompt.answer, "marked": True}
 
 
 def full_score(score: float) -> float:

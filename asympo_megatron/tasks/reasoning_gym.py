@@ -11,9 +11,11 @@ from asympo_megatron.tasks.items import Item
 OWN_OPTIONS = ("size", "seed")
 """Options that come from the task section itself."""
 
-HASH_DEPENDENT = frozenset({"isomorphic_strings", "polynomial_multiplication", "ransom_note"})
-"""Data sets (reasoning-gym 0.1.25) that iterate over sets of strings: their questions differ from one process to the
-next unless PYTHONHASHSEED is fixed, and a resumed run would see other prompts."""
+HASH_DEPENDENT = frozenset(
+    {"isomorphic_strings", "knight_swap", "list_functions", "polynomial_multiplication", "ransom_note", "word_ladder"}
+)
+"""Data sets (reasoning-gym 0.1.25) that iterate over sets of strings: their questions or reference answers differ from
+one process to the next unless PYTHONHASHSEED is fixed, and a resumed run would see other prompts."""
 
 
 class ReasoningGymSource:
@@ -64,7 +66,7 @@ def _create(task: TaskConfig) -> Any:
             raise UnknownNameError(f"option of reasoning_gym {task.name} (task.options)", str(option), known)
     if task.name in HASH_DEPENDENT and not os.environ.get("PYTHONHASHSEED", "").isdigit():
         raise TaskError(
-            f"the questions of reasoning_gym {task.name} depend on Python's hash seed, which differs in every process. "
+            f"the items of reasoning_gym {task.name} depend on Python's hash seed, which differs in every process. "
             "Set PYTHONHASHSEED=0 for all roles of the run."
         )
     try:

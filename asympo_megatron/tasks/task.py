@@ -98,8 +98,8 @@ def load_task(config: Config, model_dir: str | Path) -> Task:
         train = held = PromptStream(source, lambda text: is_held_out(text, fraction), refusal)
     if train.fill_train(1) == 0:
         raise TaskError(
-            f"the task is empty: {train.describe()}. Raise rollout.sampling.max_prompt_tokens (now "
-            f"{config.rollout.sampling.max_prompt_tokens}), lower task.eval_fraction, or check the data."
+            f"the task is empty: {train.describe()}. Raise the limits of rollout.sampling (max_prompt_tokens="
+            f"{refusal.max_prompt}, max_new_tokens={refusal.max_new}), lower task.eval_fraction, or check the data."
         )
     return Task(codec, source, train, held, Order(train, config.task.seed, config.task.shuffle))
 
@@ -117,8 +117,8 @@ class _Refusal:
     def __init__(self, config: Config, codec: Codec) -> None:
         self._codec = codec
         self._supervised = config.rollout.source == "supervised"
-        self._max_prompt = config.rollout.sampling.max_prompt_tokens
-        self._max_new = config.rollout.sampling.max_new_tokens
+        self.max_prompt = config.rollout.sampling.max_prompt_tokens
+        self.max_new = config.rollout.sampling.max_new_tokens
 
     def __call__(self, item: Item) -> str | None:
         return self.without_labels(item) or (self._label_reason(item) if self._supervised else None)
@@ -129,8 +129,8 @@ class _Refusal:
             return "with an empty prompt"
         if self._codec.has_unknown(ids):
             return "with characters outside the vocabulary"
-        if len(ids) > self._max_prompt:
-            return f"with more than {self._max_prompt} prompt tokens"
+        if len(ids) > self.max_prompt:
+            return f"with more than {self.max_prompt} prompt tokens"
         return None
 
     def _label_reason(self, item: Item) -> str | None:
@@ -139,6 +139,6 @@ class _Refusal:
         label = self._codec.encode_label(item.label_text)
         if self._codec.has_unknown(label):
             return "with an answer outside the vocabulary"
-        if len(label) > self._max_new:
-            return f"with more than {self._max_new} answer tokens"
+        if len(label) > self.max_new:
+            return f"with more than {self.max_new} answer tokens"
         return None
