@@ -10,8 +10,11 @@ from typing import Any
 @dataclass
 class RunConfig:
     name: str = "run"
+    """The run directory is root/name; the same name resumes the run."""
     root: str = "runs"
+    """Directory of all runs. Engines on other hosts must see it under the same path."""
     seed: int = 0
+    """Of initial weights, sampling and label noise."""
     steps: int = 100
     """Optimizer steps."""
     warm_start: list[str] = field(default_factory=list)
@@ -33,6 +36,7 @@ class ModelConfig:
     dtype: str = "fp32"
     """fp32 | bf16."""
     init_std: float = 0.02
+    """init: random; standard deviation of the initial weights."""
     megatron: dict[str, Any] = field(default_factory=dict)
     """Any field of Megatron-Core's TransformerConfig."""
 
@@ -40,25 +44,39 @@ class ModelConfig:
 @dataclass
 class ParallelConfig:
     tensor: int = 1
+    """TP: ranks that share every matrix and the vocabulary."""
     sequence: bool = False
+    """Sequence parallelism over the TP ranks."""
     pipeline: int = 1
+    """PP: stages."""
     virtual_pipeline: int | None = None
+    """VPP: model chunks of each stage; null: one."""
     context: int = 1
+    """CP: ranks that share one packed sequence. What remains of the world size is data parallel."""
     expert: int = 1
+    """EP; the supported families are dense, so 1."""
 
 
 @dataclass
 class OptimizerConfig:
     lr: float = 1e-6
+    """AdamW learning rate after the warm-up."""
     min_lr: float = 0.0
+    """What a linear or cosine schedule ends at."""
     schedule: str = "constant"
     """constant | linear | cosine, over run.steps after warmup_steps."""
     warmup_steps: int = 0
+    """Linear from 0."""
     weight_decay: float = 0.0
+    """Decoupled, as in AdamW."""
     beta1: float = 0.9
+    """Decay of the mean gradient."""
     beta2: float = 0.95
+    """Decay of the mean squared gradient."""
     eps: float = 1e-8
+    """Added to the root of the mean squared gradient."""
     clip_grad: float = 1.0
+    """Largest L2 norm of the whole gradient; 0: no clipping."""
     distributed: bool = False
     """Megatron's distributed optimizer (states sharded over DP)."""
     megatron: dict[str, Any] = field(default_factory=dict)
@@ -74,6 +92,7 @@ class DDPConfig:
 @dataclass
 class ObjectiveConfig:
     name: str = "asympo"
+    """asympo | spo | reinforce | grpo | sft, an installed entry point, or pkg.mod:Class."""
     options: dict[str, Any] = field(default_factory=dict)
     """Options of that objective, e.g. nll_floor for asympo (default 1e-3 nats a token: ours)."""
 
@@ -87,7 +106,9 @@ class AdvantageConfig:
 @dataclass
 class BatchConfig:
     groups_per_step: int = 32
+    """Prompts of one optimizer step."""
     group_size: int = 8
+    """Responses to each prompt."""
     max_tokens_per_microbatch: int = 8192
     """Prompt and response tokens of one micro-batch on one DP rank, over its CP ranks together."""
 
@@ -97,14 +118,19 @@ class SamplingConfig:
     temperature: float = 1.0
     """Training responses: the learner scores logits / temperature, too."""
     top_p: float = 1.0
+    """Nucleus; 1: off. The learner scores the full distribution."""
     top_k: int = -1
+    """-1: off."""
     max_prompt_tokens: int = 1024
+    """Longer prompts are left out."""
     max_new_tokens: int = 1024
+    """A response that reaches it is truncated: see overlong."""
     stop_token_ids: list[int] = field(default_factory=list)
     """Added to the tokenizer's end-of-sequence token."""
     overlong: str = "train"
     """Truncated responses: train | mask (no loss, still in N) | penalize (reward - overlong_penalty)."""
     overlong_penalty: float = 1.0
+    """overlong: penalize; subtracted from the reward before the advantage."""
 
 
 @dataclass
@@ -114,8 +140,11 @@ class EvalConfig:
     prompts: int = 256
     """Held-out prompts an evaluation uses (fewer if the task holds fewer)."""
     samples_per_prompt: int = 1
+    """Accuracy is the mean over all of them."""
     temperature: float = 1.0
+    """Of the evaluation alone."""
     top_p: float = 1.0
+    """Of the evaluation alone."""
 
 
 @dataclass
@@ -123,11 +152,13 @@ class RolloutConfig:
     source: str = "engines"
     """engines | replay (groups from a file) | supervised (reference answers of the task; needs objective sft)."""
     replay: str | None = None
+    """replay: JSONL file, one group a line."""
     label_noise: float = 0.0
     """supervised: probability that a label token is replaced by a random one of the answer alphabet."""
     controller_url: str | None = None
     """Where the trainer finds the controller; null: replay and supervised are read by the trainer itself."""
     controller_host: str = "127.0.0.1"
+    """Address the controller listens on; 0.0.0.0 opens it to the network: set a token."""
     controller_port: int = 0
     """0: any free port (`asympo run` tells its children)."""
     controller_token: str | None = None
@@ -135,12 +166,15 @@ class RolloutConfig:
     engine: str = "embedded"
     """What `asympo run` starts locally: embedded | sglang."""
     num_engines: int = 1
+    """Engines that `asympo run` starts here."""
     engine_host: str = "127.0.0.1"
+    """Address the embedded engine listens on."""
     engine_port: int = 0
     """Where `asympo engine` listens; 0: any free port. `asympo run` chooses the ports of its engines itself."""
     engine_urls: list[str] = field(default_factory=list)
     """Engines that already run elsewhere; then `asympo run` starts none."""
     engine_api_key: str | None = None
+    """Bearer token of the engines (SGLang: --api-key)."""
     engine_args: list[str] = field(default_factory=list)
     """Further arguments of `python -m sglang.launch_server` (engine: sglang)."""
     engine_python: str | None = None
@@ -152,8 +186,11 @@ class RolloutConfig:
     lag_policy: str = "admission"
     """admission | strict | drop."""
     request_timeout_s: float = 600.0
+    """After this a response is aborted on its engine."""
     engine_timeout_s: float = 60.0
+    """Deadline of control calls; an engine silent for this long is taken out."""
     engine_start_timeout_s: float = 600.0
+    """How long an engine may take to get ready, and the trainer waits for the controller."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
 
@@ -171,20 +208,27 @@ class TaskConfig:
     path: str | None = None
     """jsonl: file of prompts."""
     prompt_field: str = "prompt"
+    """jsonl: a dotted name; GSM8K-, MATH- and DAPO-style fields are recognised when it is absent."""
     answer_field: str = "answer"
+    """jsonl: the reference answer, a dotted name."""
     eval_path: str | None = None
     """jsonl: file of held-out prompts; null: eval_fraction of `path`."""
     eval_fraction: float = 0.05
     """Share of the questions that is held out; which ones depends on their text alone."""
     seed: int = 0
+    """Of the prompts and of their order."""
     shuffle: bool = True
+    """Every epoch after the first has an order of its own; jsonl: the first one, too."""
     system_prompt: str | None = None
+    """template chat: goes before every prompt."""
     template: str = "chat"
     """chat (the tokenizer's chat template) | plain (the question as it is)."""
     reward: str = "task"
     """task (the task's own scorer) | exact | math (math-verify) | pkg.mod:fn."""
     reward_timeout_s: float = 10.0
+    """Of scoring one batch or one answer."""
     reward_retries: int = 2
+    """Further tries of a reward that failed; then its group is dropped and counted, never scored 0."""
     reward_workers: int = 2
     """Processes that score answers, for rewards that parse model output."""
 
@@ -192,12 +236,15 @@ class TaskConfig:
 @dataclass
 class SyncConfig:
     transport: str = "disk"
+    """disk: safetensors through a shared file system."""
     interval_steps: int = 1
     """Publish after every this many optimizer steps; at most rollout.max_lag_steps + 1."""
     pause_mode: str = "in_place"
     """in_place | retract | abort: what happens to running requests while weights change."""
     keep_last: int = 2
+    """Versions kept under RUN_DIR/weights, beside those an engine may be loading."""
     timeout_s: float = 300.0
+    """Deadline of one update of one engine."""
 
 
 @dataclass
@@ -205,6 +252,7 @@ class CheckpointConfig:
     interval_steps: int = 50
     """0: only after the last step."""
     keep_last: int = 2
+    """Checkpoints kept."""
     resume: bool = True
     """Continue from the newest complete checkpoint of the run directory."""
 
@@ -216,8 +264,11 @@ class LoggingConfig:
     prometheus_host: str = "127.0.0.1"
     """Address of the prometheus sink; 0.0.0.0 lets other machines scrape it."""
     prometheus_port: int = 9400
+    """0: any free port."""
     progress: bool = True
+    """Live view, or a line every few seconds when the output is no terminal."""
     level: str = "INFO"
+    """DEBUG | INFO | WARNING | ERROR."""
 
 
 @dataclass
