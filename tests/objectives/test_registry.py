@@ -4,14 +4,14 @@ import subprocess
 import sys
 import types
 import warnings
-from dataclasses import dataclass
+from dataclasses import FrozenInstanceError, dataclass
 from importlib.metadata import EntryPoint
 
 import pytest
 
 import asympo_megatron
 from asympo_megatron.errors import ConfigError, UnknownNameError
-from asympo_megatron.objectives import GRPO, SPO, ASymPO, Reinforce, build_objective, registry
+from asympo_megatron.objectives import GRPO, OBJECTIVES, SPO, ASymPO, Reinforce, build_objective, registry
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,13 @@ def test_documented_defaults():
     assert build_objective("asympo") == ASymPO(nll_floor=1e-3)
     assert build_objective("spo") == SPO(negative_scale=0.3)
     assert build_objective("grpo") == GRPO(clip_low=0.2, clip_high=0.2, normalizer="responses", constant_tokens=None)
+    assert GRPO(clip_low=1.0).clip_low == 1.0  # no lower clip at all
+
+
+@pytest.mark.parametrize("kind", sorted(set(OBJECTIVES.values()), key=lambda kind: kind.name))
+def test_objectives_are_frozen(kind):
+    with pytest.raises(FrozenInstanceError):
+        kind().anything = 1
 
 
 @pytest.mark.parametrize(
