@@ -52,7 +52,7 @@ def save(learner: "Learner", directory: Path) -> None:
     failed = next((text for text in problems if text), "")
     if failed:
         _on_rank0(learner, lambda: shutil.rmtree(temporary, ignore_errors=True))
-        raise CheckpointError(f"{directory} could not be written: {failed}. Free some space, or set run.root elsewhere.")
+        raise CheckpointError(f"{directory} could not be written: {failed}. Free some space, or change run.root.")
     _on_rank0(learner, lambda: _finish(temporary, directory, _marker(learner)))
 
 
@@ -92,13 +92,17 @@ def read_marker(directory: Path) -> dict[str, Any]:
     try:
         marker = json.loads((directory / MARKER).read_text())
     except (OSError, ValueError):
-        raise CheckpointError(f"checkpoint {directory} is incomplete: it has no {MARKER!r} file. Use an older one.") from None
+        raise CheckpointError(
+            f"checkpoint {directory} is incomplete: it has no {MARKER!r} file. Use an older one."
+        ) from None
     if marker.get("format") != FORMAT:
         raise CheckpointError(f"checkpoint {directory} has format {marker.get('format')}, expected {FORMAT}.")
     return marker
 
 
-def _state(learner: "Learner", *, loading: bool, weights_only: bool = False, same_layout: bool = True) -> dict[str, Any]:
+def _state(
+    learner: "Learner", *, loading: bool, weights_only: bool = False, same_layout: bool = True
+) -> dict[str, Any]:
     metadata = {
         "distrib_optim_sharding_type": "fully_reshardable",
         "singleton_local_shards": False,

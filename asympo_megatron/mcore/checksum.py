@@ -39,7 +39,7 @@ def weights_checksum(shards: Iterable[Shard]) -> str:
             total += _shard_sum(shard)
     assert total is not None
     dist.all_reduce(total)
-    return f"{total.item() & (1 << 64) - 1:016x}"
+    return f"{int(total.item()) & (1 << 64) - 1:016x}"
 
 
 def _shard_sum(shard: Shard) -> Tensor:

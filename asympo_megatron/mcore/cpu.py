@@ -7,6 +7,7 @@ and type strings (``"torch.cuda.FloatTensor"``). The first are given a CPU meani
 
 import contextlib
 import logging
+import sys
 from typing import Any
 
 import torch
@@ -14,6 +15,28 @@ import torch.distributed as dist
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 _CPU = torch.device("cpu")
+
+
+def import_megatron() -> None:
+    """First import of megatron.core, without CUDA: with ``torch.compile`` as identity while it lasts.
+
+    jit.py decorates every fused kernel with ``torch.compile``. On CPU that would compile C++ at the first call, and
+    loading the compiler takes more than half of the import time of every process.
+    """
+    if torch.cuda.is_available() or "megatron.core" in sys.modules:
+        return
+    compiler = torch.compile
+
+    def identity(function: Any = None, **_: Any) -> Any:
+        return function if function is not None else lambda decorated: decorated
+
+    torch.compile = identity  # type: ignore[assignment]
+    try:
+        import megatron.core.models.gpt
+        import megatron.core.optimizer
+        import megatron.core.pipeline_parallel  # noqa: F401
+    finally:
+        torch.compile = compiler
 
 
 def install() -> None:
@@ -123,11 +146,11 @@ def _patch_gloo() -> None:
         parts = [part.contiguous() for part in scatter_list] if scatter_list else scatter_list
         return scatter(tensor, parts, *args, **kwargs)
 
-    def list_all_to_all(
-        output: Any, input: Any, output_split_sizes: Any = None, input_split_sizes: Any = None, *args: Any, **kwargs: Any
-    ) -> Any:
+    def list_all_to_all(output: Any, input: Any, out_sizes: Any = None, in_sizes: Any = None, **kwargs: Any) -> Any:
         # tensor_parallel/mappings._AllToAll passes split sizes as tensors; the gloo binding wants integers
-        return all_to_all(output, input, _as_list(output_split_sizes), _as_list(input_split_sizes), *args, **kwargs)
+        out_sizes = kwargs.pop("output_split_sizes", out_sizes)
+        in_sizes = kwargs.pop("input_split_sizes", in_sizes)
+        return all_to_all(output, input, _as_list(out_sizes), _as_list(in_sizes), **kwargs)
 
     dist.scatter, dist.all_to_all_single = contiguous_scatter, list_all_to_all  # type: ignore[assignment]
 
@@ -138,5 +161,3 @@ def _as_list(sizes: Any) -> Any:
 
 def _nothing(*_: Any, **__: Any) -> None:
     return None
-
-

@@ -17,7 +17,7 @@ from asympo_megatron.mcore import checkpoint, cpu
 from asympo_megatron.mcore.checksum import weights_checksum
 from asympo_megatron.mcore.collate import MicroBatch, Row, check_rows, collate
 from asympo_megatron.mcore.layout import Layout
-from asympo_megatron.mcore.loss import COUNT, LOSS_SUM, RESPONSES, ForwardStep
+from asympo_megatron.mcore.loss import LOSS_SUM, RESPONSES, ForwardStep
 from asympo_megatron.mcore.model import build_chunks
 from asympo_megatron.mcore.model_config import plan_model
 from asympo_megatron.mcore.optimizer import Schedule, build_optimizer, wrap_ddp
@@ -79,20 +79,16 @@ class Learner:
         figures = self._forward_backward(batches)
         seen = int(figures.pop(RESPONSES))
         if seen != num_responses:
-            raise BatchError(f"the micro-batches hold {seen} responses over all ranks, but num_responses={num_responses}.")
+            raise BatchError(
+                f"the micro-batches of all ranks hold {seen} responses, but num_responses={num_responses}."
+            )
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
-        self._refuse_non_finite(figures[LOSS_SUM], grad_norm)
+        self._refuse_non_finite(figures.pop(LOSS_SUM), grad_norm)
         self._schedule.set(self.step_count)
         self.optimizer.step()
         self.step_count += 1
-        count, loss_sum = figures.pop(COUNT), figures.pop(LOSS_SUM)
-        return {
-            **figures,
-            "loss": loss_sum / count if count else 0.0,
-            "grad_norm": grad_norm,
-            "lr": self.optimizer.param_groups[0]["lr"],
-        }
+        return {**figures, "grad_norm": grad_norm, "lr": self.optimizer.param_groups[0]["lr"]}
 
     def shards(self) -> Iterator[Shard]:
         """Every local parameter with its place in the global model; weights are current when this returns."""

@@ -3,7 +3,7 @@
 Axis suffixes: T local packed tokens.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -15,8 +15,8 @@ from asympo_megatron.parallel import ParallelGroups, Stat
 Objective = Callable[..., Any]
 """``objective(token_nll_T, batch, groups=...)`` -> ObjectiveOutput."""
 
-LOSS_SUM, COUNT, RESPONSES = "_loss_sum", "_normalizer", "_responses"
-"""Statistics the learner itself reads: the loss before division, its divisor, and the rows seen."""
+LOSS_SUM, RESPONSES = "_loss_sum", "_responses"
+"""Statistics the learner itself reads: the loss before division, and the rows seen."""
 
 
 class ForwardStep:
@@ -43,20 +43,20 @@ class ForwardStep:
         # Where no token is trained the loss must still reach every parameter: backward runs the same collectives.
         loss_sum = out.loss_sum if out.loss_sum.requires_grad else token_nll_T.sum() * 0.0
         count = out.normalizer_count.to(torch.int)
-        stats = {**out.metrics, **self._own_stats(loss_sum, count, entropy_T.detach(), batch)}
+        stats = {**self._own_stats(loss_sum, count, entropy_T.detach(), batch), **out.metrics}
         return loss_sum, count, stats
 
-    def _own_stats(
-        self, loss_sum: Tensor, count: Tensor, entropy_T: Tensor, batch: MicroBatch
-    ) -> Mapping[str, Stat]:
+    def _own_stats(self, loss_sum: Tensor, count: Tensor, entropy_T: Tensor, batch: MicroBatch) -> dict[str, Stat]:
+        """What is known for any objective; its own statistics of the same name take precedence."""
         trained_T = batch.responses.response_ids_T >= 0
         trained = trained_T.sum()
-        once = int(self._groups.context_rank == 0)
+        # Whole rows are known on every context-parallel rank: the first one counts them.
+        first = int(self._groups.context_rank == 0)
         return {
             LOSS_SUM: Stat.sum(loss_sum),
-            COUNT: Stat.sum(count),
-            RESPONSES: Stat.sum(torch.tensor(once * batch.responses.num_responses)),
+            RESPONSES: Stat.sum(count.new_tensor(first * batch.responses.num_responses)),
+            "loss": Stat.mean(loss_sum, count),
             "entropy": Stat.mean(torch.where(trained_T, entropy_T, 0.0).sum(), trained),
-            "trained_tokens": Stat.sum(trained),
-            "tokens": Stat.sum(torch.tensor(once * batch.real_tokens)),
+            "tokens": Stat.sum(trained),
+            "input_tokens": Stat.sum(count.new_tensor(first * batch.real_tokens)),
         }

@@ -55,6 +55,8 @@ class OutputWeight(MegatronModule):
 class PolicyModel(GPTModel):
     """A decoder whose forward with ``labels`` returns [2, T]: token NLL and entropy of each position."""
 
+    output_layer: Any
+
     def __init__(self, *args: Any, temperature: float, groups: ParallelGroups, true_vocab_size: int, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._temperature, self._groups, self._true_vocab_size = temperature, groups, true_vocab_size

@@ -126,12 +126,20 @@ def _numerics(config: Config) -> dict[str, Any]:
         "init_method_std": config.model.init_std,
         # loss_func returns sums and counts; finalize_model_grads divides once by the count of the global batch.
         "calculate_per_token_loss": True,
-        "perform_initialization": False,  # weights are drawn by global name afterwards, alike in every layout
+        # Weights are drawn by global name afterwards, alike in every layout. Switching initialization off altogether
+        # would also lose the marks that say which axis of a weight is split.
+        "init_method": _leave,
+        "output_layer_init_method": _leave,
+        "embedding_init_method": _leave,
         "use_cpu_initialization": not cuda,
         "gradient_accumulation_fusion": False,
         "persist_layer_norm": False,
         "bias_activation_fusion": cuda,
     }
+
+
+def _leave(weight: torch.Tensor) -> torch.Tensor:
+    return weight
 
 
 def _check_layout(config: Config, facts: ModelFacts) -> None:

@@ -42,9 +42,7 @@ def wrap_ddp(config: Config, transformer: Any, chunks: list[Any]) -> list[Any]:
         "use_distributed_optimizer": config.optimizer.distributed,
         "average_in_collective": False,
     }
-    ddp = build_megatron_config(
-        DistributedDataParallelConfig, "ddp.megatron", base, config.ddp.megatron, _OWNED_DDP
-    )
+    ddp = build_megatron_config(DistributedDataParallelConfig, "ddp.megatron", base, config.ddp.megatron, _OWNED_DDP)
     # Later chunks of an interleaved pipeline start their backward first; buckets would only delay them.
     return [DistributedDataParallel(transformer, ddp, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(chunks)]
 
@@ -81,7 +79,7 @@ class Schedule:
         ours = config.optimizer
         if ours.warmup_steps >= config.run.steps:
             raise ConfigError(
-                f"optimizer.warmup_steps={ours.warmup_steps} does not end before run.steps={config.run.steps}. Lower it."
+                f"optimizer.warmup_steps={ours.warmup_steps} must end before run.steps={config.run.steps}. Lower it."
             )
         if ours.min_lr > ours.lr:
             raise ConfigError(f"optimizer.min_lr={ours.min_lr} is above optimizer.lr={ours.lr}. Lower it.")

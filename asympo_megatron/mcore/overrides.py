@@ -1,4 +1,4 @@
-"""`model.megatron.*`, `optimizer.megatron.*`, `ddp.megatron.*`: any field of a Megatron-Core config, checked by name."""
+"""`model.megatron.*`, `optimizer.megatron.*`, `ddp.megatron.*`: fields of Megatron-Core's configs, checked by name."""
 
 import dataclasses
 import enum
@@ -35,7 +35,7 @@ def build_megatron_config(
         if name not in fields:
             raise UnknownNameError(f"field of {section} ({cls.__name__} of Megatron-Core):", name, fields)
         if name in owned:
-            raise ConfigError(f"{section}.{name} contradicts {owned[name]}, which decides it. Set {owned[name]} instead.")
+            raise ConfigError(f"{section}.{name} is decided by {owned[name]}. Remove it and set {owned[name]}.")
     # Older releases of Megatron-Core lack some of the fields that newer ones need: pass what exists.
     values = {name: value for name, value in base.items() if name in fields}
     values.update({name: _value(section, name, value, fields[name].type) for name, value in overrides.items()})

@@ -1,0 +1,132 @@
+"""Several real ranks on one machine: gloo processes with a time-out, JSON in, JSON out.
+
+Process start-up dominates on a small machine, so start once per world size and run many cases inside.
+"""
+
+import faulthandler
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from torch.distributed import TCPStore
+
+
+class RankError(AssertionError):
+    """A rank failed, or did not end in time; the message holds the end of its output."""
+
+
+def run_ranks(
+    program: str, world_size: int, payload: Mapping[str, Any] | None = None, *, timeout_s: float = 120.0
+) -> list[Any]:
+    """Run ``program`` on ``world_size`` ranks under torchrun's environment variables and collect what each returns.
+
+    Args:
+        program: ``path/to/file.py:function``; the function takes the payload and returns JSON-able data.
+        payload: passed to every rank as JSON.
+        timeout_s: for all ranks together; survivors are killed.
+
+    Returns:
+        One result per rank, in rank order.
+
+    Raises:
+        RankError: a rank failed or the time is up. All ranks have ended.
+    """
+    # The store lives here, so that its port is chosen by the kernel and no rank races for it.
+    store = TCPStore("127.0.0.1", 0, world_size=None, is_master=True, wait_for_workers=False)
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "payload.json").write_text(json.dumps(dict(payload or {})))
+        ranks = [_start(program, rank, world_size, store.port, Path(folder)) for rank in range(world_size)]
+        try:
+            _wait(ranks, Path(folder), time.monotonic() + timeout_s, timeout_s)
+        finally:
+            for process in ranks:
+                with suppress(ProcessLookupError):
+                    process.kill()
+                process.wait()
+        return [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(world_size)]
+
+
+def next_group() -> None:
+    """Let the next ``init_process_group`` of this process meet under fresh names in the shared store."""
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) + 1)
+
+
+def _start(program: str, rank: int, world_size: int, port: int, folder: Path) -> subprocess.Popen[bytes]:
+    env = {
+        **os.environ,
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONWARNINGS": "ignore",
+    }
+    command = [sys.executable, "-m", "asympo_megatron.testing.megatron", program, str(folder)]
+    with (folder / f"{rank}.log").open("wb") as log:
+        return subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT)
+
+
+def _wait(ranks: list[subprocess.Popen[bytes]], folder: Path, deadline: float, timeout_s: float) -> None:
+    running = dict(enumerate(ranks))
+    while running:
+        for rank, process in list(running.items()):
+            with suppress(subprocess.TimeoutExpired):
+                code = process.wait(timeout=0.05)
+                del running[rank]
+                if code != 0:
+                    raise RankError(f"rank {rank} ended with code {code}:\n{_tail(folder, rank)}")
+        if running and time.monotonic() > deadline:
+            _dump_stacks(running)
+            tails = "\n".join(f"rank {rank}:\n{_tail(folder, rank)}" for rank in running)
+            raise RankError(f"time-out after {timeout_s} s; still running: {sorted(running)}\n{tails}")
+
+
+def _dump_stacks(running: Mapping[int, subprocess.Popen[bytes]]) -> None:
+    """Have every hanging rank write where it hangs into its log."""
+    for process in running.values():
+        process.send_signal(signal.SIGABRT)  # faulthandler prints all threads, then the process ends
+    for process in running.values():
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=10.0)
+
+
+def _tail(folder: Path, rank: int) -> str:
+    return (folder / f"{rank}.log").read_text(errors="replace")[-3000:]
+
+
+def _load(program: str) -> Callable[[Any], Any]:
+    file, _, name = program.rpartition(":")
+    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    function: Callable[[Any], Any] = getattr(module, name)
+    return function
+
+
+def main(program: str, folder: str) -> None:
+    """Entry point of one rank."""
+    import torch
+
+    faulthandler.enable()
+    torch.set_num_threads(1)
+    payload = json.loads((Path(folder) / "payload.json").read_text())
+    result = _load(program)(payload)
+    (Path(folder) / f"{os.environ['RANK']}.json").write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,118 @@
+"""Programs that test ranks run (see asympo_megatron.testing.megatron); not tests themselves."""
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from asympo_megatron.batch import ObjectiveOutput, ResponseBatch
+from asympo_megatron.config import Config
+from asympo_megatron.config.validate import validate
+from asympo_megatron.mcore import Layout, Learner, Row, initialize, shutdown
+from asympo_megatron.objectives import build_objective
+from asympo_megatron.packing import plan_microbatches
+from asympo_megatron.parallel import ParallelGroups
+from asympo_megatron.testing.megatron import next_group
+
+VOCAB = 67
+"""Odd on purpose: under tensor parallelism the vocabulary is padded."""
+
+HF: dict[str, Any] = {
+    "model_type": "qwen3",
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "intermediate_size": 48,
+    "tie_word_embeddings": True,
+    "rope_theta": 10000.0,
+    "vocab_size": VOCAB,
+}
+
+
+def make_config(**sections: dict[str, Any]) -> Config:
+    """A small run; ``sections`` overrides single values, e.g. parallel={"tensor": 2}."""
+    config = Config()
+    config.run.steps = 8
+    config.model.hf = dict(HF)
+    config.model.init_std = 0.2  # far from uniform predictions, so that gradients are worth comparing
+    config.optimizer.lr = 1e-3
+    config.optimizer.eps = 1e-5  # 1e-8 turns rounding noise of tiny gradients into different directions
+    config.batch.max_tokens_per_microbatch = 96
+    config.rollout.source = "supervised"
+    config.objective.name = "sft"
+    for section, values in sections.items():
+        for name, value in values.items():
+            assert hasattr(getattr(config, section), name)
+            setattr(getattr(config, section), name, value)
+    validate(config)
+    return config
+
+
+def make_rows(step: int, count: int = 16) -> list[Row]:
+    """Responses of one global batch: one-token ones, holes in masks, a masked one, a zero advantage, uneven lengths."""
+    rng = random.Random(step)
+    rows = []
+    for number in range(count):
+        prompt = [rng.randrange(VOCAB) for _ in range(rng.randint(1, 20))]
+        size = 1 if number % 7 == 0 else rng.randint(1, 24)
+        mask = [int(rng.random() < 0.8) for _ in range(size)]
+        if number % 5 == 0:
+            mask = [0] * size
+        ids = [rng.randrange(VOCAB) for _ in range(size)]
+        advantage = 0.0 if number == 3 else rng.uniform(-1, 1)
+        rows.append(Row(prompt, ids, mask, advantage, [-rng.random() for _ in range(size)]))
+    return rows
+
+
+def microbatches(rows: list[Row], config: Config, layout: Layout) -> list[list[Row]]:
+    """This DP rank's share, planned as the trainer plans it."""
+    plan = plan_microbatches(
+        [len(row.prompt_ids) + len(row.ids) for row in rows],
+        dp_size=layout.dp_size,
+        max_tokens=config.batch.max_tokens_per_microbatch,
+        pad_multiple=layout.pad_multiple,
+    )
+    return [[rows[i] for i in batch] for batch in plan.microbatches[layout.dp_rank]]
+
+
+@dataclass(frozen=True)
+class LocalSums:
+    """Mutant: an objective that sums its responses over the own context-parallel rank only."""
+
+    objective: Any
+
+    def __call__(self, token_nll_T: Any, batch: ResponseBatch, groups: ParallelGroups) -> ObjectiveOutput:
+        alone = ParallelGroups(tensor=groups.tensor, data_context=groups.data_context, pipeline=groups.pipeline)
+        out = self.objective(token_nll_T, batch, groups=alone)
+        count = out.normalizer_count if groups.context_rank == 0 else torch.zeros_like(out.normalizer_count)
+        return ObjectiveOutput(out.loss_sum, count, {})
+
+
+def train(case: dict[str, Any]) -> dict[str, Any]:
+    """Train a few steps; losses, gradient norms and checksums of one rank."""
+    config = make_config(**case.get("config", {}))
+    layout = initialize(config)
+    objective: Any = build_objective(case.get("objective", "asympo"))
+    if case.get("mutant") == "local_sums":
+        objective = LocalSums(objective)
+    learner = Learner(config, {**HF, **case.get("hf", {})}, objective, layout)
+    if case.get("mutant") == "no_sequence_allreduce":
+        for chunk in learner.chunks:
+            for param in chunk.parameters():
+                param.sequence_parallel = False
+    result: dict[str, Any] = {"checksums": [learner.checksum()], "figures": []}
+    for step in range(case.get("steps", 4)):
+        rows = make_rows(step, case.get("rows", 16))
+        result["figures"].append(learner.step(microbatches(rows, config, layout), len(rows)))
+        result["checksums"].append(learner.checksum())
+    shutdown()
+    next_group()
+    return result
+
+
+def train_cases(payload: dict[str, Any]) -> dict[str, Any]:
+    """Several layouts in one process: case name -> result."""
+    return {name: train(case) for name, case in payload["cases"].items()}
