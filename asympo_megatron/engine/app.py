@@ -2,7 +2,6 @@
 
 import hmac
 import logging
-from collections.abc import AsyncIterator
 
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
@@ -21,7 +20,7 @@ _MAX_BODY_BYTES = 256 << 20
 
 
 def make_app(options: EngineOptions, model: ServedModel | None = None) -> web.Application:
-    """Build the application; its model thread lives from start-up to clean-up.
+    """Build the application; its model thread lives from start-up to shutdown.
 
     Args:
         options: what to serve. ``host`` and ``port`` are the caller's business.
@@ -32,7 +31,8 @@ def make_app(options: EngineOptions, model: ServedModel | None = None) -> web.Ap
     """
     app = web.Application(client_max_size=_MAX_BODY_BYTES, middlewares=[_guard(options.api_key)])
     app[ENGINE] = Engine(options, model if model is not None else load_model(options))
-    app.cleanup_ctx.append(_model_thread)
+    app.on_startup.append(_start_thread)
+    app.on_shutdown.append(_stop_thread)
     _add_routes(app)
     return app
 
@@ -71,9 +71,12 @@ def _add_routes(app: web.Application) -> None:
         post(path, control.unsupported_update)
 
 
-async def _model_thread(app: web.Application) -> AsyncIterator[None]:
+async def _start_thread(app: web.Application) -> None:
     app[ENGINE].thread.start()
-    yield
+
+
+async def _stop_thread(app: web.Application) -> None:
+    # On shutdown, not on clean-up: clean-up first waits for the requests that only this thread can finish.
     app[ENGINE].thread.stop()
 
 

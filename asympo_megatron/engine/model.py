@@ -127,7 +127,7 @@ def replace_weights(model: ServedModel, weights: Mapping[str, Tensor]) -> None:
 def weight_checksums(model: ServedModel) -> dict[str, str]:
     """A digest of each tensor's bytes, by Hugging Face name."""
     return {
-        name: hashlib.blake2b(tensor.detach().contiguous().view(torch.uint8).numpy(), digest_size=8).hexdigest()
+        name: hashlib.blake2b(tensor.detach().reshape(-1).view(torch.uint8).numpy(), digest_size=8).hexdigest()
         for name, tensor in model.module.state_dict().items()
     }
 

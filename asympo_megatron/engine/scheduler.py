@@ -117,16 +117,9 @@ class Scheduler:
         """Change weights: at once while paused, otherwise when the running sequences are done (new ones wait)."""
         if self._update is not None:
             update.done(EngineError("another weight update is under way."))
-        elif self.paused and update.flush_cache and self.batch.rows:
-            update.done(
-                EngineError(
-                    f"Cache flush failed: {len(self.batch.rows)} requests are paused in place and keep their cache. "
-                    "Set flush_cache to false, or pause with mode retract or abort. Weights are unchanged."
-                )
-            )
-        else:
-            self._update = update
-            self._apply_update()
+            return
+        self._update = update
+        self._apply_update()
 
     def step(self) -> None:
         """One decode step of all running sequences, after prefilling those that can join."""
@@ -148,10 +141,18 @@ class Scheduler:
         return [sequence for sequence in lost.values() if sequence.finish_reason is None]
 
     def _apply_update(self) -> None:
-        update = self._update
-        if update is None or (self.batch.rows and not self.paused):
+        update, running = self._update, len(self.batch.rows)
+        if update is None or (running and not self.paused):
             return
         self._update = None
+        if running and update.flush_cache:
+            update.done(
+                EngineError(
+                    f"Cache flush failed: {running} requests are paused in place and keep their cache. "
+                    "Set flush_cache to false, or pause with mode retract or abort. Weights are unchanged."
+                )
+            )
+            return
         replace_weights(self._model, update.weights)
         self.model_path = update.path
         if update.version is not None:

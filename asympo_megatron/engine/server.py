@@ -7,6 +7,7 @@ import socket
 from collections.abc import Callable
 
 from aiohttp import web
+from transformers.utils.logging import disable_progress_bar
 
 from asympo_megatron.engine.app import make_app
 from asympo_megatron.engine.options import EngineOptions
@@ -28,6 +29,7 @@ def serve(options: EngineOptions, on_ready: Callable[[str], None] | None = None)
     Raises:
         EngineError: the port is taken, or the model cannot be loaded.
     """
+    disable_progress_bar()
     # Bound before the model is loaded, so that a taken port is known at once; connections are refused until then.
     with bind(options.host, options.port) as listener:
         app = make_app(options)

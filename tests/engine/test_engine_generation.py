@@ -146,9 +146,7 @@ def test_default_length_is_128_or_what_the_context_leaves(engine: EngineClient) 
     assert engine.post("/generate", near_end)["meta_info"]["completion_tokens"] == 23
 
 
-def test_sampled_frequencies_follow_the_softmax(
-    engine: EngineClient, references: dict[str, torch.nn.Module]
-) -> None:
+def test_sampled_frequencies_follow_the_softmax(engine: EngineClient, references: dict[str, torch.nn.Module]) -> None:
     """Chi-square of 4,000 first tokens against softmax(logits / T); the temperature mutant fails it."""
     seeds = range(4000)
     body = {

@@ -81,7 +81,7 @@ def test_options_and_models_that_cannot_work(tmp_path: Path) -> None:
         EngineOptions("x", max_running_requests=0)
     with pytest.raises(EngineError, match="port is 70000"):
         EngineOptions("x", port=70000)
-    with pytest.raises(EngineError, match="has no config.json"):
+    with pytest.raises(EngineError, match=r"has no config\.json"):
         make_app(EngineOptions(str(tmp_path)))
 
 
@@ -90,11 +90,11 @@ def test_missing_weights_at_start_are_an_error(models: dict[str, Path], tmp_path
     file = tmp_path / "m" / "model.safetensors"
     kept = {name: tensor for name, tensor in load_file(file).items() if "down_proj" not in name}
     save_file(kept, file, {"format": "pt"})
-    with pytest.raises(EngineError, match="missing .*down_proj"):
+    with pytest.raises(EngineError, match=r"missing .*down_proj"):
         make_app(EngineOptions(str(tmp_path / "m")))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_ends_the_process_cleanly_with_requests_running(models: dict[str, Path], number: int) -> None:
     command = [sys.executable, "-c", SERVE, str(models["qwen3"])]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -106,8 +106,7 @@ def test_a_signal_ends_the_process_cleanly_with_requests_running(models: dict[st
         out, errors = process.communicate(timeout=60)
     assert (process.returncode, out) == (0, "ended\n"), errors
     assert "Traceback" not in errors
-    # The request ends at once: an answer that says why, or a connection that is closed.
-    with pytest.raises((AssertionError, OSError, http.client.HTTPException)):
+    with pytest.raises(AssertionError, match=r"503.*the engine is shutting down"):
         running.result(60)
 
 

@@ -4,7 +4,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from engine_client import PROMPT, EngineClient, assert_like, generate_body, logprobs, recording
 from safetensors.torch import load_file, save_file
@@ -81,9 +80,7 @@ def test_retract_continues_under_new_weights_as_a_fresh_request_would(
         assert fresh != stale  # the mutant that keeps the old weights
 
 
-def test_in_place_continues_on_the_old_cache(
-    engine: EngineClient, references: dict[str, torch.nn.Module]
-) -> None:
+def test_in_place_continues_on_the_old_cache(engine: EngineClient, references: dict[str, torch.nn.Module]) -> None:
     engine.post("/update_weight_version", {"new_version": "v-retract"})
     running = [engine.start([*PROMPT, row], f"in_place{row}", max_new_tokens=LONG) for row in range(2)]
     engine.wait_for(running=2)
