@@ -176,9 +176,9 @@ class OneTooMany(LagRule):
 
 
 def test_mutant_dropped_groups_keep_their_slot() -> None:
+    runs = [history(seed, "admission", 0, DroppedKeepsItsSlot, drops=5) for seed in range(20)]
     with pytest.raises(Stuck):
-        for seed in range(20):
-            history(seed, "admission", 0, DroppedKeepsItsSlot, drops=5).run()
+        [run.run() for run in runs]
 
 
 def test_mutant_gate_only_at_admission() -> None:

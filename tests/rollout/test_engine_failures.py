@@ -1,0 +1,367 @@
+"""Engines that die, hang, lie or never start: their work goes elsewhere, and nothing is lost or trained twice."""
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rollout_world import VOCAB, FakePrompt, FakeTask, World, run_async, small_config, world
+
+from asympo_megatron.errors import ControllerError
+from asympo_megatron.rollout.build import serve_controller
+from asympo_megatron.rollout.fleet import EngineState
+from asympo_megatron.testing.fake_engine import FakeEngine
+
+
+def changed(**fields: Any) -> Callable[[dict[str, Any]], Any]:
+    """An answer with other top-level fields, or ``meta__x`` fields inside meta_info."""
+
+    def apply(answer: dict[str, Any]) -> Any:
+        for name, value in fields.items():
+            target = answer["meta_info"] if name.startswith("meta__") else answer
+            target[name.removeprefix("meta__")] = value
+        return answer
+
+    return apply
+
+
+GARBAGE = {
+    "id outside the vocabulary": (changed(output_ids=[1, 2, VOCAB, 3]), "token id outside the vocabulary of 64"),
+    "negative id": (changed(output_ids=[1, 2, -1, 3]), "token id outside the vocabulary"),
+    "too many tokens": (changed(output_ids=[1] * 9), "answer has 9 tokens, asked were at most 8"),
+    "no token": (changed(output_ids=[], meta__weight_versions=[]), "no token although it finished by stop"),
+    "another request": (changed(meta__id="x.1."), "carries request id 'x.1.'"),
+    "ids of another type": (changed(output_ids=[1.5, "2"]), "not of the expected form"),
+    "no spans": (changed(meta__weight_versions=None), "no meta_info.weight_versions"),
+    "span with a gap": (
+        changed(meta__weight_versions=[{"version": "0", "start": 1, "end": 4}]),
+        "gap or an overlap at token 1, expected 0",
+    ),
+    "spans too short": (
+        changed(meta__weight_versions=[{"version": "0", "start": 0, "end": 3}]),
+        "covers 3 of 4 tokens",
+    ),
+    "restarted": (
+        changed(meta__weight_versions=[{"version": "default", "start": 0, "end": 4}]),
+        "'default' was never published by this run",
+    ),
+    "unknown version": (
+        changed(meta__weight_versions=[{"version": "9", "start": 0, "end": 4}]),
+        "'9' was never published",
+    ),
+    "unknown finish": (changed(meta__finish_reason={"type": "tired"}), "finish_reason is 'tired'"),
+    "not JSON": (lambda _: b"<html>", "not of the expected form"),
+    "server error": (lambda _: 503, "answered HTTP 503"),
+}
+
+
+@pytest.mark.parametrize("name", GARBAGE)
+def test_garbage_quarantines_the_engine_and_is_never_trained(tmp_path: Path, name: str) -> None:
+    how, message = GARBAGE[name]
+
+    async def scenario() -> None:
+        engine = FakeEngine(VOCAB)
+        engine.misbehave(how)
+        async with world(tmp_path, engines=[engine]) as w:
+            await w.trainer.attach()
+            await w.trainer.publish(0)
+            reply = await w.trainer.lease(0)
+            samples = await w.trainer.payload(reply)
+            assert [len(sample.ids) for sample in samples] == [4] * 4
+            assert all(0 <= token < VOCAB for sample in samples for token in sample.ids)
+            held = w.controller.parts.fleet.engines[engine.url]
+            assert message in held.last_error
+            assert engine.url in held.last_error
+            assert [path for path, _ in engine.calls].count("/update_weights_from_disk") == 2, "a full load again"
+
+    run_async(scenario())
+
+
+def test_engine_dies_in_the_middle(tmp_path: Path) -> None:
+    """Every request of the dead engine goes to the other one; the groups are complete and each is trained once."""
+
+    async def scenario() -> None:
+        doomed, other = FakeEngine(VOCAB), FakeEngine(VOCAB)
+        doomed.hold(lambda _: 2)
+        async with world(tmp_path, small_config(run__steps=4), [doomed, other]) as w:
+            await w.trainer.attach()
+            await w.trainer.publish(0)
+            await doomed.until(lambda: len(doomed.running) >= 2)
+            await doomed.kill()
+            trained = []
+            for step in range(4):
+                reply = await w.trainer.lease(step)
+                trained += [(row.group_id, row.row) for row in reply.responses]
+                await w.trainer.publish(step + 1)
+            assert sorted(trained) == [(group, row) for group in range(8) for row in range(2)]
+            assert w.controller.parts.fleet.engines[doomed.url].state is not EngineState.SERVING
+
+    run_async(scenario())
+
+
+def test_restarted_engine_joins_again(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        engine = FakeEngine(VOCAB)
+        engine.hold(lambda _: 1)
+        async with world(tmp_path, engines=[engine]) as w:
+            await w.trainer.attach()
+            await w.trainer.publish(0)
+            await engine.until(lambda: len(engine.running) == 8)
+            engine.hold(lambda _: None)
+            await engine.restart()
+            for sample in await w.trainer.payload(await w.trainer.lease(0)):
+                assert [(span.version, span.start, span.end) for span in sample.versions] == [(0, 0, 4)]
+            assert engine.label == "0"
+
+    run_async(scenario())
+
+
+def test_silent_restart_is_found_by_the_health_check(tmp_path: Path) -> None:
+    """Nothing is in flight, the engine lost its weights: the next look at /model_info finds out."""
+
+    async def scenario() -> None:
+        engine = FakeEngine(VOCAB)
+        config = small_config(rollout__max_lag_steps=0, rollout__engine_timeout_s=0.2)
+        async with world(tmp_path, config, engines=[engine]) as w:
+            await w.trainer.attach()
+            await w.trainer.publish(0)
+            assert (await w.trainer.lease(0)).ready
+            engine.label = "default"
+            held = w.controller.parts.fleet.engines[engine.url]
+            await w.until(lambda: "reports weight version 'default'" in held.last_error and held.serving)
+            assert engine.label == "0"
+
+    run_async(scenario())
+
+
+def test_hung_engine_loses_its_requests(tmp_path: Path) -> None:
+    """It accepts connections but answers nothing: the health check ends it, and its requests go elsewhere."""
+
+    async def scenario() -> None:
+        hung, other = FakeEngine(VOCAB), FakeEngine(VOCAB)
+        hung.hold(lambda _: 1)
+        config = small_config(rollout__engine_timeout_s=0.3)
+        async with world(tmp_path, config, [hung, other]) as w:
+            await w.trainer.attach()
+            await w.trainer.publish(0)
+            await hung.until(lambda: len(hung.running) >= 2)
+            silence = asyncio.Event()
+
+            async def mute(path: str, body: dict[str, Any]) -> None:
+                await silence.wait()
+
+            hung._note = mute  # type: ignore[method-assign]
+            for step in range(2):
+                assert (await w.trainer.lease(step)).ready
+            held = w.controller.parts.fleet.engines[hung.url]
+            assert "/model_info failed (TimeoutError)" in held.last_error
+            silence.set()
+
+    run_async(scenario())
+
+
+def test_lost_connection_alone_is_no_failure(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        engine = FakeEngine(VOCAB)
+        engine.misbehave(lambda _: None)
+        async with world(tmp_path, engines=[engine]) as w:
+            await w.trainer.attach()
+            await w.trainer.publish(0)
+            for step in range(2):
+                assert (await w.trainer.lease(step)).ready
+            assert [path for path, _ in engine.calls].count("/update_weights_from_disk") == 1, "not quarantined"
+            attempts = sorted(body["rid"] for body in engine.requests)
+            assert len(attempts) == len(set(attempts)), "a request id is never used twice"
+            assert sum(rid.endswith(".0001.") for rid in attempts) == 1
+            aborted = [body["rid"] for path, body in engine.calls if path == "/abort_request"]
+            assert len([rid for rid in aborted if rid.endswith(".0000.")]) == 1, "the engine may still be at work on it"
+
+    run_async(scenario())
+
+
+def test_slow_request_is_aborted_and_resumed(tmp_path: Path) -> None:
+    """After request_timeout_s the engine returns what it has, and the response goes on from there."""
+
+    async def scenario() -> None:
+        engine = FakeEngine(VOCAB)
+        engine.hold(lambda body: 3 if body["rid"].endswith(".0000.") else None)
+        config = small_config(rollout__request_timeout_s=0.1, rollout__max_lag_steps=0)
+        async with world(tmp_path, config, [engine]) as w:
+            await w.trainer.attach()
+            await w.trainer.publish(0)
+            samples = await w.trainer.payload(await w.trainer.lease(0))
+            assert [len(sample.ids) for sample in samples] == [7] * 4
+            resumed = [body for body in engine.requests if body["rid"].endswith(".0001.")]
+            assert sorted(len(body["input_ids"]) for body in resumed) == [6] * 4
+
+    run_async(scenario())
+
+
+def test_requests_wait_in_the_controller_and_oldest_groups_go_first(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        engine = FakeEngine(VOCAB)
+        engine.hold(lambda _: 1)
+        config = small_config(rollout__max_in_flight_per_engine=3, rollout__max_lag_steps=1)
+        async with world(tmp_path, config, [engine]) as w:
+            await w.trainer.attach()
+            await w.trainer.publish(0)
+            await engine.until(lambda: len(engine.running) == 3)
+            order: list[str] = []
+            while len(order) < 8:
+                running = sorted(engine.running)
+                assert len(running) <= 3
+                await engine.release(lambda request, rid=running[0]: request.rid == rid)  # type: ignore[misc]
+                order.append(running[0])
+                await engine.until(lambda n=len(order): len(engine.requests) == min(8, 3 + n))  # type: ignore[misc]
+                await engine.until(lambda rid=running[0]: rid not in engine.running)  # type: ignore[misc]
+            assert order == sorted(order)
+
+    run_async(scenario())
+
+
+def test_groups_stay_together_and_load_is_shared(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        engines = [FakeEngine(VOCAB), FakeEngine(VOCAB)]
+        for engine in engines:
+            engine.hold(lambda _: 1)
+        config = small_config(batch__group_size=4, rollout__max_lag_steps=1)
+        async with world(tmp_path, config, engines) as w:
+            await w.trainer.attach()
+            await w.until(lambda: len(w.controller.parts.fleet.engines) == 2)
+            gates = [engine.hold_updates() for engine in engines]
+            await w.trainer.publish(0)
+            for engine in engines:
+                await engine.until(lambda e=engine: ("/pause_generation", {"mode": "abort"}) in e.calls)  # type: ignore[misc]
+            for gate in gates:
+                gate.set()
+            await w.until(lambda: w.controller.parts.fleet.in_flight == 16)
+            for engine in engines:
+                await engine.release()
+            for step in range(2):
+                await w.trainer.lease(step)
+            placed = [{body["rid"].split(".")[2] for body in engine.requests} for engine in engines]
+            assert all(placed), "both engines work"
+            assert len(placed[0] & placed[1]) <= 1, "a group shares the prefix cache of one engine"
+
+    run_async(scenario())
+
+
+def test_prompt_outside_the_vocabulary_is_never_sent(tmp_path: Path) -> None:
+    class WideTask(FakeTask):
+        def train_prompt(self, index: int) -> FakePrompt:
+            return FakePrompt(index, [3, VOCAB, 5])
+
+    async def scenario() -> None:
+        async with world(tmp_path, task=WideTask()) as w:
+            await w.trainer.attach()
+            await w.trainer.publish(0)
+            with pytest.raises(ControllerError, match="prompt 0 holds token id 64, outside the vocabulary of 64"):
+                await w.trainer.lease(0)
+            assert w.engines[0].requests == []
+
+    run_async(scenario())
+
+
+def test_refused_request_ends_the_run_with_the_engines_words(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        engine = FakeEngine(VOCAB)
+        engine.misbehave(lambda _: 400)
+        async with world(tmp_path, engines=[engine]) as w:
+            await w.trainer.attach()
+            await w.trainer.publish(0)
+            with pytest.raises(ControllerError, match=r"refused a request: armed failure.*engine's context length"):
+                await w.trainer.lease(0)
+
+    run_async(scenario())
+
+
+def test_engine_that_never_gets_ready(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        engine = FakeEngine(VOCAB)
+        engine.is_ready = False
+        config = small_config(rollout__engine_start_timeout_s=0.2, rollout__engine_timeout_s=0.2)
+        async with world(tmp_path, config, [engine]) as w:
+            await w.trainer.attach()
+            with pytest.raises(
+                ControllerError, match=r"did not get ready within 0\.2 s .*engine_start_timeout_s"
+            ) as dead:
+                await w.trainer.lease(0)
+            assert "/ready answered HTTP 503" in str(dead.value)
+
+    run_async(scenario())
+
+
+def test_engine_that_keeps_failing_is_given_up(tmp_path: Path) -> None:
+    """The other engine serves on; the bad one is evicted and may be taken in again by hand."""
+
+    async def scenario() -> None:
+        good, bad = FakeEngine(VOCAB), FakeEngine(VOCAB)
+        for _ in range(5):
+            bad.fail_next_update("out of memory")
+        async with world(tmp_path, engines=[good, bad]) as w:
+            await w.trainer.attach()
+            await w.trainer.publish(0)
+            held = w.controller.parts.fleet.engines[bad.url]
+            await w.until(lambda: held.state is EngineState.EVICTED)
+            assert "failed 5 times in a row" in held.last_error
+            assert (await w.trainer.lease(0)).ready
+            async with w.client.post("/engines", json={"url": bad.url}) as answer:
+                assert answer.status == 200
+            await w.until(lambda: len(w.controller.parts.fleet.serving) == 2)
+
+    run_async(scenario())
+
+
+def test_api_key(tmp_path: Path) -> None:
+    async def scenario(key: str | None) -> World:
+        engine = FakeEngine(VOCAB, api_key="open sesame")
+        config = small_config(
+            rollout__engine_api_key=key, rollout__engine_start_timeout_s=0.3, rollout__engine_timeout_s=0.2
+        )
+        async with world(tmp_path / str(key), config, [engine]) as w:
+            await w.trainer.attach()
+            await w.trainer.publish(0)
+            assert (await w.trainer.lease(0)).ready
+            return w
+
+    run_async(scenario("open sesame"))
+    with pytest.raises(ControllerError, match="did not get ready"):
+        run_async(scenario(None))
+
+
+def test_port_in_use_and_second_controller(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        engine = FakeEngine(VOCAB)
+        await engine.start()
+        config, port = small_config(), int(engine.url.rsplit(":", 1)[1])
+        try:
+            with pytest.raises(ControllerError, match=rf"cannot listen on 127\.0\.0\.1:{port}.*controller_port"):
+                await serve_controller(config, tmp_path, FakeTask(), object(), [], host="127.0.0.1", port=port)  # type: ignore[arg-type]
+        finally:
+            await engine.kill()
+
+    run_async(scenario())
+
+
+def test_failed_controller_raises_after_telling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`asympo control` ends with the reason; it waits a moment for a trainer that wants to know."""
+    monkeypatch.setattr("asympo_megatron.rollout.build._FAILURE_TOLD_S", 0.05)
+
+    async def scenario() -> None:
+        config = small_config(rollout__engine_start_timeout_s=0.1)
+        urls: list[str] = []
+        with pytest.raises(ControllerError, match=r"no engine is left \(none was named\)"):
+            await serve_controller(
+                config,
+                tmp_path,
+                FakeTask(),
+                object(),
+                [],
+                host="127.0.0.1",
+                port=0,
+                on_ready=urls.append,  # type: ignore[arg-type]
+            )
+        assert urls[0].startswith("http://127.0.0.1:")
+
+    run_async(scenario())
