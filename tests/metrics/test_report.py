@@ -176,3 +176,18 @@ def test_smoothing_keeps_a_constant_and_a_mean():
 def test_roles_do_not_load_matplotlib():
     code = "import sys, asympo_megatron.metrics; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=120).returncode == 0
+
+
+def test_an_accuracy_comes_with_its_standard_error(page):
+    assert "<td>28.0% ± 2.8%</td><td>256</td>" in page  # sqrt(0.28 * 0.72 / 256)
+
+
+def test_a_slow_first_step_does_not_flatten_the_others(tmp_path):
+    run_dir = write_run(tmp_path, steps=80)
+    rows = read_rows(run_dir / "metrics.jsonl")
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        slow = rows[1] | {"time/wait_s": 60.0, "time/step_s": rows[1]["time/step_s"] + 60.0 - rows[1]["time/wait_s"]}
+        file.write(json.dumps(slow) + "\n")
+    drawn = write_report(run_dir).read_text().split("Where the trainer&#x27;s time goes")[1]
+    first_bar = (slow["time/step_s"] + rows[2]["time/step_s"]) / 2  # 80 steps in 40 bars
+    assert f"{first_bar:.1f} s" in drawn

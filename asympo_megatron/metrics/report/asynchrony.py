@@ -1,6 +1,7 @@
 """Plots of lag, throughput and time. None: the run does not report it."""
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
 from asympo_megatron.metrics.report.drawing import (
@@ -143,7 +144,7 @@ def time_parts(run: RunData) -> Plot | None:
             axes.bar(centres, height, widths, bottom=bottom, color=colour, label=label, linewidth=0)
             bottom += height
         axes.set_ylabel("seconds per step")
-        axes.set_ylim(bottom=0)
+        _cap(axes, centres, bottom)
         axes.grid(visible=False, axis="x")
         steps_axis(axes)
         legend(axes, columns=2)
@@ -151,6 +152,26 @@ def time_parts(run: RunData) -> Plot | None:
             f"Mean over about {np.diff(edges).max()} steps a bar." if len(steps) > _TIME_BARS else "One bar a step."
         )
         return Plot("Where the trainer's time goes", caption, to_svg(figure))
+
+
+def _cap(axes: Axes, centres: np.ndarray, totals: np.ndarray) -> None:
+    """Keep a few very high bars (the first one waits for engines to start) from flattening the rest."""
+    usual = 1.4 * float(np.quantile(totals, 0.9))
+    if totals.max() < 1.5 * usual:
+        axes.set_ylim(bottom=0)
+        return
+    axes.set_ylim(0, usual)
+    for centre, total in zip(centres, totals, strict=True):
+        if total > usual:
+            axes.annotate(
+                f"{total:.1f} s",
+                (centre, usual),
+                xytext=(6, -2),
+                textcoords="offset points",
+                va="top",
+                color=INK,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+            )
 
 
 def _bars(steps: np.ndarray, edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -88,6 +88,13 @@ def steps_axis(axes: Axes, label: str = "optimizer step") -> None:
     axes.margins(x=0.01)
 
 
+def log_scale(axes: Axes) -> None:
+    """Logarithmic values, with ticks written out: 0.1, 1, 10."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.minorticks_off()
+
+
 def legend(axes: Axes, columns: int = 4) -> None:
     axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=columns, borderaxespad=0.1, handlelength=1.4)
 

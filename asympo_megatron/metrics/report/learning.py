@@ -13,6 +13,7 @@ from asympo_megatron.metrics.report.drawing import (
     Plot,
     legend,
     line_plot,
+    log_scale,
     new_axes,
     steps_axis,
     to_svg,
@@ -86,7 +87,7 @@ def nll_ratio(run: RunData) -> Plot | None:
         axes.axhline(1.0, color=INK, linewidth=1, linestyle=(0, (4, 3)))
         axes.set_ylabel("negatives / positives")
         if line.values.max() > 30 * max(line.values.min(), 1e-12):
-            axes.set_yscale("log")
+            log_scale(axes)
         steps_axis(axes)
         caption = (
             "How much larger the loss of negatives is. ASymPO divides it out: every response pulls by its advantage."
@@ -105,7 +106,7 @@ def grad_norm(run: RunData) -> Plot | None:
             axes.axhline(clip, color=INK, linewidth=1, linestyle=(0, (4, 3)), label=f"clipped at {clip:g}")
         axes.set_ylabel("L2 norm")
         if line.values.min() > 0 and line.values.max() > 30 * line.values.min():
-            axes.set_yscale("log")
+            log_scale(axes)
         else:
             axes.set_ylim(bottom=0)
         steps_axis(axes)
@@ -137,7 +138,7 @@ def warmup_loss(run: RunData) -> Plot | None:
 
 
 j = line_plot(
-    "train/J", BLUE, "J", "J", "Mean of advantage x log(average NLL of the response): what ASymPO's gradient follows."
+    "train/J", BLUE, "J", "J", "Mean of advantage x log(average NLL of the response). On each batch ASymPO descends J."
 )
 entropy = line_plot(
     "train/entropy",

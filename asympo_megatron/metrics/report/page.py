@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from html import escape
 from importlib import resources
 
+from asympo_megatron.metrics.jsonl import Row
 from asympo_megatron.metrics.report import summary
 from asympo_megatron.metrics.report.drawing import Plot
 from asympo_megatron.metrics.report.rundata import RunData
@@ -64,9 +65,19 @@ def _evaluations(run: RunData) -> str:
     found = [row for row in run.rows if row.get("eval/accuracy") is not None]
     if not found:
         return ""
+    once = run.config.rollout.eval.samples_per_prompt == 1
     cells = "".join(
-        f"<tr><td>{row['eval/step']}</td><td>{row['eval/accuracy']:.1%}</td>"
+        f"<tr><td>{row['eval/step']}</td><td>{row['eval/accuracy']:.1%}{_error(row) if once else ''}</td>"
         f"<td>{row.get('eval/responses', '')}</td></tr>"
         for row in found
     )
-    return f"<table><tr><th>evaluated step</th><th>held-out accuracy</th><th>responses</th></tr>{cells}</table>"
+    head = "<tr><th>step</th><th>held-out accuracy ± std. error</th><th>responses</th></tr>"
+    return f"<table>{head}{cells}</table>"
+
+
+def _error(row: Row) -> str:
+    """Standard error of a share of independent answers."""
+    if not row.get("eval/responses"):
+        return ""
+    accuracy = row["eval/accuracy"]
+    return f" ± {(accuracy * (1 - accuracy) / row['eval/responses']) ** 0.5:.1%}"
