@@ -17,8 +17,8 @@ from asympo_megatron.tasks.items import Source
 from asympo_megatron.tasks.sources import open_source
 from asympo_megatron.tasks.tokenizer import save_tokenizer
 
-SAMPLE_ITEMS = 200
-"""Items that a tokenizer is made from: enough to tell the template from the rest."""
+GYM_ITEMS, JSONL_ITEMS = 200, 20_000
+"""Items that a tokenizer is made from. Generated ones can be slow and need few: one character brings its class."""
 
 STAMP = "made_from.json"
 
@@ -78,7 +78,7 @@ def _make(config: Config, target: Path, stamp: str) -> None:
     try:
         fields = _checked_fields(config.model.hf)
         # A fixed seed: a warm start and the run after it share the vocabulary whatever their seeds.
-        source = open_source(dataclasses.replace(config.task, seed=0, size=SAMPLE_ITEMS))
+        source = open_source(dataclasses.replace(config.task, seed=0, size=GYM_ITEMS))
         fields.update(_save_sampled_tokenizer(draft, source, config.task.system_prompt or ""))
         (draft / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
         (draft / STAMP).write_text(stamp)
@@ -92,7 +92,7 @@ def _make(config: Config, target: Path, stamp: str) -> None:
 
 
 def _save_sampled_tokenizer(folder: Path, source: Source, system_prompt: str) -> dict[str, int]:
-    items = [source.item(position) for position in range(min(len(source), SAMPLE_ITEMS))]
+    items = [source.item(position) for position in range(min(len(source), JSONL_ITEMS))]
     labels = [text for item in items if (text := item.label_text) is not None]
     return save_tokenizer(folder, [item.text for item in items], labels, fixed=system_prompt)
 

@@ -1,6 +1,7 @@
 """People's own data: shapes of lines, splits, errors with line numbers."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -93,6 +94,22 @@ def test_final_answer_prefers_the_marker():
 def test_malformed_lines_are_named(tmp_path, rows, message):
     with pytest.raises(TaskError, match=message):
         source(tmp_path, *rows)
+
+
+@pytest.mark.parametrize(
+    ("name", "own_reward", "first_answer"),
+    [
+        ("plain", "exact", "plum"),
+        ("gsm8k_style", "math", "34"),
+        ("math_style", "math", r"\frac{3}{4}"),
+        ("dapo_style", "math", "210"),
+    ],
+)
+def test_the_shipped_samples_are_read(name, own_reward, first_answer):
+    path = Path(__file__).parents[2] / "examples" / "data" / f"{name}.jsonl"
+    task = load_config("quickstart", ["task.kind=jsonl", f"task.path={path}", "task.shuffle=false"]).task
+    lines = JsonlSource(task, path)
+    assert (len(lines), lines.own_reward, lines.item(0).answer) == (6, own_reward, first_answer)
 
 
 def test_missing_file(tmp_path):

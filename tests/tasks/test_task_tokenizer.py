@@ -93,12 +93,14 @@ def test_ids_outside_the_vocabulary_are_refused(shared_spell_task):
         small.encode_prompt(shared_spell_task.source.item(0))
 
 
-def test_unknown_characters_drop_the_prompt(jsonl):
+def test_prompts_with_characters_outside_the_vocabulary_are_dropped(jsonl, tmp_path):
+    held = tmp_path / "held.jsonl"
+    held.write_text('{"prompt": "What is \\u00bd + 1?", "answer": "1"}\n{"prompt": "What is 7 + 0?", "answer": "7"}\n')
     rows = [{"prompt": f"What is {n} + {n}?", "answer": str(2 * n)} for n in range(250)]
-    rows.append({"prompt": "What is ½ + ½?", "answer": "1"})
-    _, task = jsonl(rows, "task.shuffle=false")
+    _, task = jsonl(rows, f"task.eval_path={held}")
     assert task.epoch_size == 250
-    assert task.train_stream.dropped == {"with characters outside the vocabulary": 1}
+    assert [prompt.question for prompt in task.eval_prompts(10)] == ["What is 7 + 0?"]
+    assert task.eval_stream.dropped == {"with characters outside the vocabulary": 1}
 
 
 def test_stop_tokens_of_model_files_and_configuration(spell_dir, tmp_path):
