@@ -270,6 +270,7 @@ class Controller:
             parts.bell.ring()
         if formed is not None:
             self._rate()
+            parts.bell.ring()  # a replay's lag budget moves with the leases
         return formed
 
     def _rate(self) -> None:
