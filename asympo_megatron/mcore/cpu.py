@@ -55,6 +55,13 @@ def install() -> None:
         CudaLiteralsToCpu().__enter__()
 
 
+def leave() -> None:
+    """Stop translating literal devices in this thread; the CPU meaning of ``torch.cuda`` stays."""
+    stack = _get_current_function_mode_stack()
+    if stack and isinstance(stack[-1], CudaLiteralsToCpu):
+        stack[-1].__exit__(None, None, None)
+
+
 class CudaLiteralsToCpu(TorchFunctionMode):
     """Translate literal CUDA devices and type strings to their CPU counterparts."""
 
@@ -111,17 +118,20 @@ def _names_cuda(device: Any) -> bool:
 
 
 def _patch_torch_cuda() -> None:
+    # A function of its own for every name: torch._dynamo refuses to be imported when two share one.
     cuda: Any = torch.cuda
     cuda.current_device = lambda: _CPU  # tensor_parallel/layers.py: device=torch.cuda.current_device()
-    cuda.synchronize = _nothing  # p2p_communication.P2PCommunicator._communicate with batch_p2p_sync
-    cuda.empty_cache = _nothing  # distributed_data_parallel.offload_grad_buffers
-    cuda.set_device = _nothing
+    cuda.synchronize = lambda *_: None  # p2p_communication.P2PCommunicator._communicate with batch_p2p_sync
+    cuda.empty_cache = lambda: None  # distributed_data_parallel.offload_grad_buffers
+    cuda.set_device = lambda _: None  # called by programs that pick LOCAL_RANK's device
     cuda.Stream, cuda.Event = _NullStream, _NullEvent  # distributed_data_parallel: overlap of gradient reduction
-    cuda.current_stream = cuda.default_stream = lambda *_: _NullStream()  # param_and_grad_buffer.start_grad_sync
-    cuda.stream = lambda _=None: contextlib.nullcontext()
+    cuda.current_stream = lambda *_: _NullStream()  # combined_1f1b.py
+    cuda.default_stream = lambda *_: _NullStream()  # param_and_grad_buffer.start_grad_sync
+    cuda.stream = lambda _=None: contextlib.nullcontext()  # param_and_grad_buffer.start_grad_sync
     # tensor_parallel/random.CudaRNGStatesTracker.add: the CUDA generator is the default CPU generator here
     cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(int(seed))
-    cuda.get_rng_state = cuda.random.get_rng_state = lambda _="cuda": torch.get_rng_state()
+    cuda.get_rng_state = lambda _="cuda": torch.get_rng_state()
+    cuda.random.get_rng_state = lambda device="cuda": torch.get_rng_state()
 
 
 def _patch_megatron() -> None:
@@ -157,7 +167,3 @@ def _patch_gloo() -> None:
 
 def _as_list(sizes: Any) -> Any:
     return sizes.tolist() if isinstance(sizes, torch.Tensor) else sizes
-
-
-def _nothing(*_: Any, **__: Any) -> None:
-    return None

@@ -64,19 +64,21 @@ def initialize(config: Config) -> Layout:
     tensor_parallel.model_parallel_cuda_manual_seed(config.run.seed + 1)
     if device.type == "cpu":
         # Indexed accumulation adds in thread order otherwise; resuming is bit for bit here.
-        torch.use_deterministic_algorithms(True)
+        torch.set_deterministic_debug_mode("error")
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     return _layout(config, replica_size, device)
 
 
 def shutdown() -> None:
-    """Leave Megatron's groups and torch.distributed; safe to call when ``initialize`` failed half-way."""
+    """Undo ``initialize``; safe to call when it failed half-way."""
     from megatron.core import parallel_state
 
     if parallel_state.is_initialized():
         parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
+    torch.set_deterministic_debug_mode("default")
+    cpu.leave()
 
 
 def _check_world_size(config: Config, world_size: int) -> int:

@@ -17,7 +17,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from torch.distributed import TCPStore
+import torch.distributed as dist
+from torch.distributed import PrefixStore, TCPStore
 
 
 class RankError(AssertionError):
@@ -55,9 +56,15 @@ def run_ranks(
         return [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(world_size)]
 
 
-def next_group() -> None:
-    """Let the next ``init_process_group`` of this process meet under fresh names in the shared store."""
-    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) + 1)
+def join_group(name: str) -> None:
+    """Join torch.distributed with all ranks that say the same ``name``; call it before ``mcore.initialize``.
+
+    The store outlives the cases of a program, so each case needs names of its own in it: gloo would otherwise meet
+    the addresses of a group that has left.
+    """
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world_size=None, is_master=False)
+    dist.init_process_group("gloo", store=PrefixStore(name, store), rank=rank, world_size=world_size)
 
 
 def _start(program: str, rank: int, world_size: int, port: int, folder: Path) -> subprocess.Popen[bytes]:
@@ -68,7 +75,6 @@ def _start(program: str, rank: int, world_size: int, port: int, folder: Path) ->
         "WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
         "OMP_NUM_THREADS": "1",
         "PYTHONWARNINGS": "ignore",
     }

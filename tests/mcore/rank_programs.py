@@ -13,7 +13,7 @@ from asympo_megatron.mcore import Layout, Learner, Row, initialize, shutdown
 from asympo_megatron.objectives import build_objective
 from asympo_megatron.packing import plan_microbatches
 from asympo_megatron.parallel import ParallelGroups
-from asympo_megatron.testing.megatron import next_group
+from asympo_megatron.testing.megatron import join_group
 
 VOCAB = 67
 """Odd on purpose: under tensor parallelism the vocabulary is padded."""
@@ -91,8 +91,9 @@ class LocalSums:
         return ObjectiveOutput(out.loss_sum, count, {})
 
 
-def train(case: dict[str, Any]) -> dict[str, Any]:
+def train(name: str, case: dict[str, Any]) -> dict[str, Any]:
     """Train a few steps; losses, gradient norms and checksums of one rank."""
+    join_group(name)
     config = make_config(**case.get("config", {}))
     layout = initialize(config)
     objective: Any = build_objective(case.get("objective", "asympo"))
@@ -109,10 +110,9 @@ def train(case: dict[str, Any]) -> dict[str, Any]:
         result["figures"].append(learner.step(microbatches(rows, config, layout), len(rows)))
         result["checksums"].append(learner.checksum())
     shutdown()
-    next_group()
     return result
 
 
 def train_cases(payload: dict[str, Any]) -> dict[str, Any]:
     """Several layouts in one process: case name -> result."""
-    return {name: train(case) for name, case in payload["cases"].items()}
+    return {name: train(name, case) for name, case in payload["cases"].items()}
