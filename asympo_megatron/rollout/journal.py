@@ -57,9 +57,9 @@ class Journal:
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.executescript(_SCHEMA)
             self._durable: bool | None = None
-            self._check_owner(run_id, data_hash)
             self.incarnation = int(self._meta("incarnation", "0"))
             """Number of the newest trainer that attached; 0 before the first."""
+            self._check_owner(run_id, data_hash)
         except sqlite3.DatabaseError as error:
             os.close(self._lock)
             raise JournalError(
@@ -227,16 +227,18 @@ class Journal:
     # -- inside
 
     def _check_owner(self, run_id: str, data_hash: str) -> None:
+        """A journal in which nothing happened yet may change hands: a first start with a wrong value costs nothing."""
+        unused = self._db.execute("SELECT NOT EXISTS (SELECT 1 FROM groups)").fetchone()[0] and not self.incarnation
         for key, got in (("run_id", run_id), ("data_hash", data_hash)):
-            known = self._meta(key, "")
-            if known and known != got:
+            known = self._meta(key, got)
+            if known != got and not unused:
                 raise JournalError(
                     f"{self.path} has {key} {known!r}, this run has {got!r}: seed, batch, task, advantage or sampling "
                     "changed. Set run.name to a new name, or restore the old values."
                 )
-            if not known:
-                with self._transaction(durable=True):
-                    self._set(key, got)
+        with self._transaction(durable=True):
+            self._set("run_id", run_id)
+            self._set("data_hash", data_hash)
 
     def _check_resume(self, step: int) -> None:
         (steps,) = self._db.execute(

@@ -213,7 +213,8 @@ def test_requests_wait_in_the_controller_and_oldest_groups_go_first(tmp_path: Pa
                 assert len(running) <= 3
                 await engine.release(lambda request, rid=running[0]: request.rid == rid)  # type: ignore[misc]
                 order.append(running[0])
-                await engine.until(lambda n=len(order): len(engine.requests) == min(8, 3 + n))  # type: ignore[misc]
+                asked = min(8, 3 + len(order))
+                await engine.until(lambda asked=asked: len(engine.requests) == asked)  # type: ignore[misc]
                 await engine.until(lambda rid=running[0]: rid not in engine.running)  # type: ignore[misc]
             assert order == sorted(order)
 

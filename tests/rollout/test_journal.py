@@ -81,7 +81,10 @@ def _open_elsewhere(path: Path, found: "multiprocessing.Queue[str]") -> None:
 
 
 def test_journal_of_another_run_is_refused(tmp_path: Path) -> None:
-    new_ledger(tmp_path)[0].close()
+    Journal(tmp_path / "journal.sqlite", "first try", "typo").close()  # nothing happened in it: it may change hands
+    journal, ledger = new_ledger(tmp_path)
+    ledger.admit(1)
+    journal.close()
     with pytest.raises(JournalError, match=r"has data_hash 'hash', this run has 'other'.*run\.name"):
         Journal(tmp_path / "journal.sqlite", "run", "other")
     with pytest.raises(JournalError, match="has run_id 'run', this run has 'walk'"):
