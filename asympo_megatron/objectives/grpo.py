@@ -86,7 +86,9 @@ class GRPO(Objective):
     def _share(self, batch: ResponseBatch) -> Tensor:
         """1 / l_i."""
         if self.normalizer == "responses":
-            return batch.token_count_R.clamp(min=1).to(batch.advantage_R.dtype).reciprocal()
+            return torch.where(
+                batch.token_count_R > 0, batch.token_count_R.to(batch.advantage_R.dtype).reciprocal(), 0.0
+            )
         if self.constant_tokens is not None:
             return torch.full_like(batch.advantage_R, 1.0 / self.constant_tokens)
         return torch.ones_like(batch.advantage_R)

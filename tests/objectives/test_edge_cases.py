@@ -69,11 +69,11 @@ def test_floor_bounds_the_weight_of_a_certain_response():
     assert reduced["J"] == pytest.approx(0.0)  # (log floor - log floor) / 2
 
 
-@pytest.mark.parametrize("objective", [ASymPO(), Reinforce()])
+@pytest.mark.parametrize("objective", [ASymPO(), Reinforce(), GRPO()])
 def test_count_zero_means_weight_zero(objective):
     """Masking a response by its count alone suffices, even where its tokens still carry its row."""
     batch = make_batch([0, 0, 1], [1.0, -1.0], [0, 1])
-    weight_T, _ = objective.weigh(torch.tensor([0.5, 0.5, 1.0], dtype=torch.float64), batch)
+    weight_T, _ = objective.weigh(torch.tensor([0.5, 0.5, 1.0], dtype=torch.float64), batch)  # ratio 1 for the last
     assert weight_T.tolist() == [0.0, 0.0, -1.0]
 
 

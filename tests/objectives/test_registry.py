@@ -34,6 +34,7 @@ def test_documented_defaults():
     assert build_objective("spo") == SPO(negative_scale=0.3)
     assert build_objective("grpo") == GRPO(clip_low=0.2, clip_high=0.2, normalizer="responses", constant_tokens=None)
     assert GRPO(clip_low=1.0).clip_low == 1.0  # no lower clip at all
+    assert GRPO(clip_low=0, clip_high=0).clip_high == 0  # every move away from the behavior policy is clipped
 
 
 @pytest.mark.parametrize("kind", sorted(set(OBJECTIVES.values()), key=lambda kind: kind.name))
