@@ -15,12 +15,13 @@ from asympo_megatron.rollout.answer import run_prefix
 from asympo_megatron.rollout.api import build_app
 from asympo_megatron.rollout.bell import Background, Bell
 from asympo_megatron.rollout.client import EngineClient
-from asympo_megatron.rollout.controller import Controller, Parts
+from asympo_megatron.rollout.controller import Controller
 from asympo_megatron.rollout.evaluator import Evaluator, evaluation_due
 from asympo_megatron.rollout.fleet import Fleet
 from asympo_megatron.rollout.interfaces import Scorer, Task
 from asympo_megatron.rollout.journal import Journal
 from asympo_megatron.rollout.ledger import Ledger
+from asympo_megatron.rollout.parts import Parts
 from asympo_megatron.rollout.replay import ReplaySampler
 from asympo_megatron.rollout.requester import Requester
 from asympo_megatron.rollout.sampler import GroupSampler

@@ -15,60 +15,27 @@
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from asympo_megatron import protocol
-from asympo_megatron.config import Config
 from asympo_megatron.errors import ControllerError, StaleIncarnationError
-from asympo_megatron.rollout.admission import LagRule
-from asympo_megatron.rollout.bell import Background, Bell
-from asympo_megatron.rollout.evaluator import Evaluator, evaluation_due
-from asympo_megatron.rollout.fleet import Fleet
-from asympo_megatron.rollout.journal import Journal
+from asympo_megatron.rollout.evaluator import evaluation_due
+from asympo_megatron.rollout.figures import Figures, status
 from asympo_megatron.rollout.lease import batch_figures, manifest
-from asympo_megatron.rollout.ledger import Ledger, ScoredGroup
-from asympo_megatron.rollout.requester import Requester
+from asympo_megatron.rollout.ledger import ScoredGroup
+from asympo_megatron.rollout.parts import Parts
 from asympo_megatron.rollout.rows import StoredGroup, VersionRow
-from asympo_megatron.rollout.syncer import Syncer
-from asympo_megatron.rollout.targets import Targets
 
 log = logging.getLogger(__name__)
 _LONGEST_WAIT_S = 60.0
-
-
-class Feeder(Protocol):
-    """Where groups come from: the sampler, or a replay file."""
-
-    async def run(self) -> None: ...
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What a controller is made of; see :func:`asympo_megatron.rollout.build.build_controller`."""
-
-    config: Config
-    data_hash: str
-    journal: Journal
-    ledger: Ledger
-    rule: LagRule
-    fleet: Fleet
-    targets: Targets
-    bell: Bell
-    background: Background
-    feeder: Feeder
-    syncer: Syncer | None
-    requester: Requester | None
-    evaluator: Evaluator | None
 
 
 class Controller:
     """Answers the calls of :mod:`asympo_megatron.protocol`; every one may be repeated after a lost connection."""
 
     def __init__(self, parts: Parts, engine_urls: list[str], clock: Callable[[], float] = time.monotonic) -> None:
-        self._parts, self._engine_urls, self._clock = parts, engine_urls, clock
-        self._figures: dict[str, float] = {}
-        self._rate_mark = (clock(), 0)
+        self._parts, self._engine_urls = parts, engine_urls
+        self._figures = Figures(parts, clock)
 
     @property
     def parts(self) -> Parts:
@@ -148,14 +115,14 @@ class Controller:
         self._check(request.incarnation)
         groups = parts.ledger.groups.leases.get(request.step)
         if groups is None:
-            return protocol.LeaseReply(ready=False, step=request.step, metrics=self._figures_now())
+            return protocol.LeaseReply(ready=False, step=request.step, metrics=self._figures.now())
         steps = parts.ledger.version_steps
         figures = batch_figures(request.step, groups, steps, parts.rule.max_lag_steps)
         return protocol.LeaseReply(
             ready=True,
             step=request.step,
             responses=manifest(request.step, groups, steps),
-            metrics={**figures, **self._figures_now()},
+            metrics={**figures, **self._figures.now()},
             evaluations=parts.journal.deliver_evaluations(request.incarnation, request.step),
         )
 
@@ -198,10 +165,9 @@ class Controller:
         if known is None:
             self._check_new(request)
             parts.ledger.publish(row)
-            evaluated = evaluation_due(parts.config, row.step) and parts.journal.reopen_evaluation(
-                row.step, row.checksum
-            )
-            parts.targets.publish(row, evaluate=evaluation_due(parts.config, row.step) and not evaluated)
+            due = evaluation_due(parts.config, row.step)
+            known_result = due and parts.journal.reopen_evaluation(row.step, row.checksum)
+            parts.targets.publish(row, evaluate=due and not known_result)
             parts.bell.ring()
         elif known != row:
             raise ControllerError(
@@ -232,31 +198,7 @@ class Controller:
 
     def status(self) -> dict[str, Any]:
         """What a person wants to know, as JSON."""
-        parts, groups = self._parts, self._parts.ledger.groups
-        return {
-            "run": parts.config.run.name,
-            "step": groups.next_step,
-            "steps": parts.config.run.steps,
-            "incarnation": parts.journal.incarnation,
-            "committed_step": parts.journal.committed_step,
-            "weights_step": parts.fleet.step,
-            "published_version": None if parts.targets.newest is None else parts.targets.newest.version,
-            "evaluating_version": None if parts.targets.pinned is None else parts.targets.pinned.version,
-            "groups": {"in_flight": len(groups.in_flight), "ready": len(groups.ready), "dropped": len(groups.dropped)},
-            "requests_in_flight": parts.fleet.in_flight,
-            "metrics": self._figures,
-            "failure": None if self.failure is None else str(self.failure),
-            "engines": [
-                {
-                    "url": engine.url,
-                    "state": engine.state.value,
-                    "version": None if engine.weights is None else engine.weights.version,
-                    "in_flight": engine.in_flight,
-                    "last_error": engine.last_error,
-                }
-                for engine in parts.fleet.engines.values()
-            ],
-        }
+        return status(self._parts, self._figures.now())
 
     def _leased(self, step: int) -> list[ScoredGroup] | None:
         parts = self._parts
@@ -269,28 +211,9 @@ class Controller:
             log.warning("%d groups dropped at step %d", len(parts.ledger.groups.dropped) - dropped_before, step)
             parts.bell.ring()
         if formed is not None:
-            self._rate()
+            self._figures.batch_formed()
             parts.bell.ring()  # a replay's lag budget moves with the leases
         return formed
-
-    def _rate(self) -> None:
-        """Response tokens a second since the previous batch."""
-        if self._parts.requester is not None:
-            (then_s, then), (now_s, now) = self._rate_mark, (self._clock(), self._parts.requester.tokens_sampled)
-            self._figures["rollout/tokens_per_s"] = (now - then) / max(now_s - then_s, 1e-9)
-            self._rate_mark = (now_s, now)
-
-    def _figures_now(self) -> dict[str, float]:
-        parts, groups = self._parts, self._parts.ledger.groups
-        self._figures["rollout/in_flight"] = parts.fleet.in_flight
-        self._figures["rollout/ready"] = len(groups.ready)
-        self._figures["rollout/dropped"] = len(groups.dropped)
-        if parts.syncer is not None:
-            self._figures["sync/seconds"] = parts.syncer.last_sync_s
-            versions = [engine.weights.version for engine in parts.fleet.serving if engine.weights is not None]
-            if versions:
-                self._figures["sync/version"] = min(versions)
-        return dict(self._figures)
 
     def _check(self, incarnation: int) -> None:
         if self.failure is not None:
