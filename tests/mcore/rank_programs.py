@@ -1,7 +1,9 @@
 """Programs that test ranks run (see asympo_megatron.testing.megatron); not tests themselves."""
 
+import os
 import random
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -52,7 +54,7 @@ def make_config(**sections: dict[str, Any]) -> Config:
 
 
 def make_rows(step: int, count: int = 16) -> list[Row]:
-    """Responses of one global batch: one-token ones, holes in masks, a masked one, a zero advantage, uneven lengths."""
+    """Responses of one global batch: one-token ones, holes in masks, masked ones, a zero advantage, uneven lengths."""
     rng = random.Random(step)
     rows = []
     for number in range(count):
@@ -91,9 +93,8 @@ class LocalSums:
         return ObjectiveOutput(out.loss_sum, count, {})
 
 
-def train(name: str, case: dict[str, Any]) -> dict[str, Any]:
-    """Train a few steps; losses, gradient norms and checksums of one rank."""
-    join_group(name)
+def build(case: dict[str, Any]) -> tuple[Config, Layout, Learner]:
+    """A learner in the layout of ``case``; the group has been joined."""
     config = make_config(**case.get("config", {}))
     layout = initialize(config)
     objective: Any = build_objective(case.get("objective", "asympo"))
@@ -104,13 +105,27 @@ def train(name: str, case: dict[str, Any]) -> dict[str, Any]:
         for chunk in learner.chunks:
             for param in chunk.parameters():
                 param.sequence_parallel = False
-    result: dict[str, Any] = {"checksums": [learner.checksum()], "figures": []}
-    for step in range(case.get("steps", 4)):
-        rows = make_rows(step, case.get("rows", 16))
-        result["figures"].append(learner.step(microbatches(rows, config, layout), len(rows)))
-        result["checksums"].append(learner.checksum())
-    shutdown()
-    return result
+    return config, layout, learner
+
+
+def train(name: str, case: dict[str, Any]) -> dict[str, Any]:
+    """Train a few steps, loading and saving where the case says so; what one rank saw."""
+    if "RANK" in os.environ:
+        join_group(name)
+    try:
+        config, layout, learner = build(case)
+        if "load" in case:
+            learner.load(Path(case["load"]))
+        result: dict[str, Any] = {"checksums": [learner.checksum()], "figures": []}
+        for _ in range(case.get("steps", 4)):
+            rows = make_rows(learner.step_count)
+            result["figures"].append(learner.step(microbatches(rows, config, layout), len(rows)))
+            result["checksums"].append(learner.checksum())
+            if learner.step_count == case.get("save_at"):
+                learner.save(Path(case["save"]))
+        return result
+    finally:
+        shutdown()
 
 
 def train_cases(payload: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,33 @@
+"""Fixtures of the Megatron tests: one rank in this process, several ranks in others."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # rank_programs is shared with the ranks' own processes
+
+PROGRAM = str(Path(__file__).parent / "rank_programs.py")
+
+
+@pytest.fixture()
+def one_rank() -> Iterator[None]:
+    """Leave whatever group a test joined, also when it fails."""
+    from asympo_megatron.mcore import shutdown
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    shutdown()
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def reference() -> dict[str, Any]:
+    """The default case on a single rank: what every layout must reproduce."""
+    from rank_programs import train
+
+    return train("reference", {})
