@@ -5,6 +5,7 @@ import torch
 
 from asympo_megatron.batch import ResponseBatch
 from asympo_megatron.objectives import GRPO, SFT, SPO, ASymPO, Reinforce
+from asympo_megatron.objectives.diagnostics import INVERSE_NLL_EDGES
 from asympo_megatron.parallel import reduce_stats
 
 LOG2 = 0.6931471805599453
@@ -62,6 +63,37 @@ def test_floored_fraction_counts_trained_responses_only():
     assert metrics["J"] == pytest.approx((LOG2 - 2 * LOG2) / 3)  # log of the floor, 2, instead of log 1
     assert metrics["untrained_responses"] == 1
     assert metrics["zero_advantage_fraction"] == pytest.approx(1 / 3)
+
+
+def test_zero_advantage_is_neither_positive_nor_negative():
+    batch = ResponseBatch(torch.tensor([0, 1, 2]), tensor(0.5, -0.5, 0.0), torch.tensor([1, 1, 1]))
+    metrics = reduce_stats(dict(ASymPO(nll_floor=1.0)(tensor(1.0, 4.0, 32.0), batch).metrics), None)
+    assert (metrics["nll_pos"], metrics["nll_neg"]) == (1, 4)
+    assert metrics["nll"] == pytest.approx(37 / 3)
+    assert metrics["floored_fraction"] == 0  # 1.0 is not below the floor of 1.0
+    assert metrics["ess"] == pytest.approx((0.5 + 0.125) ** 2 / (0.25 + 0.015625))
+
+
+def test_grpo_metrics():
+    """Ratios 0.9 and 1.1, both followed: weights 0.9 and -1.1 on NLLs 1 and 3."""
+    nll_T = tensor(1.0, 3.0)
+    batch = ResponseBatch(
+        torch.tensor([0, 1]),
+        tensor(1.0, -1.0),
+        torch.tensor([1, 1]),
+        behavior_logprob_T=-nll_T - tensor(0.9, 1.1).log(),
+    )
+    metrics = reduce_stats(dict(GRPO()(nll_T, batch).metrics), None)
+    assert metrics["weighted_nll_pos"] == pytest.approx(0.9 * 1 / 2)
+    assert metrics["weighted_nll_neg"] == pytest.approx(1.1 * 3 / 2)
+    assert metrics["ess"] == pytest.approx((0.9 + 1.1) ** 2 / (0.81 + 1.21))
+    assert metrics["loss"] == pytest.approx((-0.9 + 1.1) / 2)
+    assert metrics["ratio"] == pytest.approx(1.0)
+
+
+def test_inverse_nll_bins_are_eight_a_decade():
+    assert (INVERSE_NLL_EDGES[0], INVERSE_NLL_EDGES[16], INVERSE_NLL_EDGES[-1]) == (0.01, 1.0, 1e6)
+    assert len(INVERSE_NLL_EDGES) == 65
 
 
 @pytest.mark.parametrize(
