@@ -2,8 +2,9 @@
 
 import asyncio
 import builtins
-import os
 import socket
+import subprocess
+import sys
 
 import pytest
 
@@ -133,6 +134,7 @@ def test_answers_that_are_code_run_nothing(gym, tmp_path):
     scorer, prompt = build_scorer(config, task), task.train_prompt(0)
     assert isinstance(scorer._method, Gym)
     touched = tmp_path / "touched"
+    victim = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.settimeout(0)
         texts = [
@@ -142,13 +144,15 @@ def test_answers_that_are_code_run_nothing(gym, tmp_path):
             f"[open('{touched}', 'w')]",
             f"[__import__('pathlib').Path('{touched}').touch()]",
             f"[__import__('socket').create_connection(('127.0.0.1', {listener.getsockname()[1]}))]",
-            f"[__import__('os').kill({os.getpid()}, 15)]",
+            f"[__import__('os').kill({victim.pid}, 9)]",
             "[0] * 10**12",
             "junk(",
         ]
         rewards, counts = score_texts(scorer, prompt, texts)
         with pytest.raises(BlockingIOError):
             listener.accept()
+    victim.communicate(b"\n", timeout=60)
+    assert victim.returncode == 0
     assert rewards == [1.0] + [0.0] * 8
     assert not touched.exists()
     assert counts["reward/refused"] == 6
