@@ -2,6 +2,7 @@
 
 import math
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 from asympo_megatron.config import RunDir, load_config
@@ -10,9 +11,9 @@ from asympo_megatron.metrics import MetricsWriter
 STEPS = 250
 
 
-def write_run(root: Path, steps: int = STEPS, seed: int = 0) -> Path:
+def write_run(root: Path, steps: int = STEPS, seed: int = 0, overrides: Sequence[str] = ()) -> Path:
     """Make RUN_DIR with config.yaml, metrics.jsonl and warmup/metrics.jsonl; returns RUN_DIR."""
-    config = load_config("quickstart", [f"run.root={root}", f"run.steps={steps}"])
+    config = load_config("quickstart", [f"run.root={root}", f"run.steps={steps}", *overrides])
     run_dir = RunDir.of(config)
     run_dir.create(config)
     rng = random.Random(seed)

@@ -87,6 +87,14 @@ def test_the_summary_tells_what_happened(run_dir, page):
     assert "with probability 0.22" in text
 
 
+def test_the_claim_about_the_quickstart_is_not_made_of_another_task(tmp_path):
+    run_dir = write_run(tmp_path, steps=50, overrides=["task.name=chain_sum", "task.options={}"])
+    text = " ".join(summary.paragraphs(load_run(run_dir)))
+    assert "part of the rise is RL removing it" in text
+    assert "greedily" not in text
+    assert "did not teach" not in text
+
+
 def test_lag_is_summed_over_the_whole_run(run_dir):
     run = load_run(run_dir)
     counts = lag_counts(run)

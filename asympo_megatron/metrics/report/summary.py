@@ -76,23 +76,30 @@ def _verb(first: float, last: float) -> str:
 
 
 def _what_rl_did(run: RunData) -> str | None:
-    """A warm start on noisy labels already ranks the right answer first; then RL teaches nothing, it concentrates."""
+    """A warm start on noisy answers may rank the right answer first already; then RL teaches nothing."""
     noise = next((o.split("=", 1)[1] for o in run.config.run.warm_start if o.startswith("rollout.label_noise=")), None)
     accuracy = run.series("eval/accuracy")
     if noise is None or not float(noise) or len(accuracy.steps) < 2:
         return None
     text = (
-        f"What RL did here: the policy began as a supervised warm start on reference answers in which each letter was "
-        f"replaced by a random one with probability {float(noise):g}. Such a policy has learned the task: its most "
-        "likely answer is right for nearly every prompt (98% greedy accuracy in the pilot of this set-up), but a "
-        "sampled answer copies the noise."
+        "What RL did here: the policy began as a supervised warm start on reference answers in which each letter was "
+        f"replaced by a random one with probability {float(noise):g}. "
     )
-    if accuracy.last > accuracy.first + 0.05:
+    rose = accuracy.last > accuracy.first + 0.05
+    if run.config.task.name == "spell_backward" and run.config.task.kind == "reasoning_gym":
+        # asympo run quickstart run.steps=1 rollout.eval.temperature=0 rollout.eval.prompts=499: 0.990 at step 0
         text += (
-            " RL removed that noise: it concentrated the distribution on answers the policy already ranked first. "
-            "It did not teach the task."
+            "Such a policy has learned the task: decoded greedily, the warm start of the quickstart preset is right for "
+            "99% of the held-out words (measured with seed 0). A sampled answer copies the noise. "
         )
-    return text
+        if rose:
+            text += (
+                "RL removed that noise: it concentrated the distribution on answers the policy already ranked first. "
+                "It did not teach the task."
+            )
+    elif rose:
+        text += "A sampled answer copies that noise, so part of the rise is RL removing it."
+    return text.strip()
 
 
 def _staleness(run: RunData) -> str | None:
