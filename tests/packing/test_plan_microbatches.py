@@ -82,6 +82,15 @@ def test_target_of_4096_rows_on_64_ranks():
     assert min(times) <= 0.06
 
 
+def test_the_cheapest_microbatch_is_passed_over_when_it_is_full():
+    """Rows of 5 fill the second micro-batch at cost 6; the row of 4 goes to the first, dearer one."""
+    price = {6: 10.0, 5: 3.0, 4: 1.0}
+    plan = plan_microbatches(
+        [6, 4, 5, 5], dp_size=1, max_tokens=10, cost=lambda lengths: np.array([price[n] for n in lengths.tolist()])
+    )
+    assert plan.microbatches == (((0, 1), (2, 3)),)
+
+
 def companions(plan, row):
     """Rows in the micro-batch of ``row``, itself included."""
     return next(len(part) for rank in plan.microbatches for part in rank if row in part)
