@@ -19,6 +19,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from torch.distributed.checkpoint.api import CheckpointException
 
 from asympo_megatron.config import data_hash
 from asympo_megatron.errors import CheckpointError
@@ -45,8 +46,8 @@ def save(learner: "Learner", directory: Path) -> None:
     try:
         with _in_process_results():
             dist_checkpointing.save(_state(learner, loading=False), str(temporary))
-    except Exception as error:  # dist_checkpointing raises what its writer processes did
-        problem = f"{type(error).__name__}: {error}"
+    except (Exception, CheckpointException) as error:  # the latter, of torch, is no Exception
+        problem = _last_line(error)
     problems: list[str] = [""] * learner.layout.world_size
     dist.all_gather_object(problems, problem)
     failed = next((text for text in problems if text), "")
@@ -67,8 +68,8 @@ def load(learner: "Learner", directory: Path, *, weights_only: bool) -> None:
     state = _state(learner, loading=True, weights_only=weights_only, same_layout=marker["layout"] == _layout(learner))
     try:
         loaded = dist_checkpointing.load(state, str(directory))
-    except Exception as error:
-        raise CheckpointError(f"{directory} could not be read: {type(error).__name__}: {error}") from error
+    except (Exception, CheckpointException) as error:
+        raise CheckpointError(f"{directory} could not be read: {_last_line(error)}") from error
     models = list(policy_models(learner.chunks))
     for key, model in zip(_model_keys(models), models, strict=True):
         model.load_state_dict(loaded[key])
@@ -172,6 +173,12 @@ def _check_model(marker: dict[str, Any], learner: "Learner", directory: Path) ->
                 f"checkpoint {directory} holds a model with {name}={saved.get(name)}, this run has {name}={value}. "
                 "Set model.path or model.hf to the model of the checkpoint."
             )
+
+
+def _last_line(error: BaseException) -> str:
+    """What happened, without the traceback that CheckpointException carries in its text."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1] if lines else ''}"
 
 
 @contextlib.contextmanager

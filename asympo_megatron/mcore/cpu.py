@@ -130,8 +130,8 @@ def _patch_torch_cuda() -> None:
     cuda.stream = lambda _=None: contextlib.nullcontext()  # param_and_grad_buffer.start_grad_sync
     # tensor_parallel/random.CudaRNGStatesTracker.add: the CUDA generator is the default CPU generator here
     cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(int(seed))
-    cuda.get_rng_state = lambda _="cuda": torch.get_rng_state()
-    cuda.random.get_rng_state = lambda device="cuda": torch.get_rng_state()
+    cuda.get_rng_state = lambda *_, **__: torch.get_rng_state()
+    cuda.random.get_rng_state = lambda **_: torch.get_rng_state()
 
 
 def _patch_megatron() -> None:

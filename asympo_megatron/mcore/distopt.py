@@ -1,4 +1,4 @@
-"""Optimizer state of torch's AdamW in Megatron's checkpoints: the four traps of Megatron-Core 0.16, in one file.
+"""Optimizer state of torch's AdamW in Megatron's checkpoints: the traps of Megatron-Core 0.16, in one file.
 
 Megatron's optimizers expect the state of Apex's or Transformer Engine's FusedAdam. torch's AdamW differs in that it
 creates its state lazily and keeps a ``step`` tensor for every parameter. Nothing here is done for other optimizers.
@@ -36,6 +36,8 @@ def load_state(optimizer: Any, state: Any) -> None:
         if isinstance(wrapper, DistributedOptimizer):
             # The inherited method copies every entry of the state, "step" too, which the checkpoint does not hold.
             wrapper._set_main_param_and_optimizer_states = _Setter(wrapper)
+        else:
+            _restore_step_zero(state)
     try:
         # Without no_grad: float32 main parameters are views of leaves, which autograd refuses to copy into.
         optimizer.load_state_dict(state)
@@ -51,6 +53,14 @@ def unshare_steps(optimizer: Any) -> None:
         for state in wrapper.optimizer.state.values():
             if "step" in state:
                 state["step"] = state["step"].clone()
+
+
+def _restore_step_zero(state: dict[str, Any]) -> None:
+    """``_extract_common_per_param_step`` finds step 0 falsy and leaves it out of the checkpoint."""
+    entries = state.get("optimizer", state)["state"]
+    if "common_step" not in entries:
+        for entry in entries.values():
+            entry.setdefault("step", torch.zeros((), dtype=torch.float32))
 
 
 class _Setter:

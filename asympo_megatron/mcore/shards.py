@@ -126,7 +126,8 @@ def draw_initial_weights(chunks: Sequence[Any], vocab_size: int, *, seed: int, s
             shard.param.fill_(0.0 if shard.name.endswith("bias") else 1.0)
             continue
         name = VOCABULARY[0] if shard.is_copy else shard.name
-        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) + (seed << 32))
+        # The CPU generator keeps 32 bits of a seed: a run's seed in the upper ones would change nothing.
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
         shape = (shard.true_rows, *shard.global_shape[1:])
         residual = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
         scale = std / (2 * num_layers) ** 0.5 if residual else std

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # rank_programs is shared with t
 PROGRAM = str(Path(__file__).parent / "rank_programs.py")
 
 
-@pytest.fixture()
+@pytest.fixture
 def one_rank() -> Iterator[None]:
     """Leave whatever group a test joined, also when it fails."""
     from asympo_megatron.mcore import shutdown

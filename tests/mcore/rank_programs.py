@@ -2,6 +2,7 @@
 
 import os
 import random
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ import torch
 from asympo_megatron.batch import ObjectiveOutput, ResponseBatch
 from asympo_megatron.config import Config
 from asympo_megatron.config.validate import validate
+from asympo_megatron.errors import AsympoError
 from asympo_megatron.mcore import Layout, Learner, Row, initialize, shutdown
+from asympo_megatron.mcore.loss import ForwardStep
 from asympo_megatron.objectives import build_objective
 from asympo_megatron.packing import plan_microbatches
 from asympo_megatron.parallel import ParallelGroups
@@ -94,7 +97,9 @@ class LocalSums:
 
 
 def build(case: dict[str, Any]) -> tuple[Config, Layout, Learner]:
-    """A learner in the layout of ``case``; the group has been joined."""
+    """A learner in the layout of ``case``; several ranks have joined their group."""
+    if "RANK" not in os.environ:
+        shutdown()  # of the learner that a test in the same process built before
     config = make_config(**case.get("config", {}))
     layout = initialize(config)
     objective: Any = build_objective(case.get("objective", "asympo"))
@@ -131,3 +136,57 @@ def train(name: str, case: dict[str, Any]) -> dict[str, Any]:
 def train_cases(payload: dict[str, Any]) -> dict[str, Any]:
     """Several layouts in one process: case name -> result."""
     return {name: train(name, case) for name, case in payload["cases"].items()}
+
+
+@dataclass(frozen=True)
+class Unanchored:
+    """An objective that forgets the graph on a rank where no token is trained."""
+
+    def __call__(self, token_nll_T: Any, batch: ResponseBatch, groups: ParallelGroups) -> ObjectiveOutput:
+        out = build_objective("asympo")(token_nll_T, batch, groups=groups)
+        trained = bool((batch.response_ids_T >= 0).any())
+        loss = out.loss_sum if trained else torch.zeros(())
+        return ObjectiveOutput(loss, out.normalizer_count, out.metrics)
+
+
+class NoAnchor(ForwardStep):
+    """Mutant: hands the objective's loss on as it is."""
+
+    def _loss(self, nll_and_entropy_2T: Any, batch: Any) -> Any:
+        out = self._objective(nll_and_entropy_2T[0], batch.responses, groups=self._groups)
+        _, count, stats = super()._loss(nll_and_entropy_2T, batch)
+        return out.loss_sum, count, stats
+
+
+def anchor(payload: dict[str, Any]) -> dict[str, float]:
+    """One trained token under context parallelism: the other rank has nothing to learn, and must take part."""
+    join_group("anchor")
+    config = make_config(parallel={"context": 2})
+    layout = initialize(config)
+    learner = Learner(config, HF, Unanchored(), layout)
+    if payload["mutant"]:
+        learner._forward_step = NoAnchor(Unanchored(), layout.groups)
+        threading.Timer(payload["patience_s"], os._exit, [HUNG]).start()
+    return learner.step([[Row([1, 2, 3, 4, 5, 6], [7], [1], 1.0)]], 1)
+
+
+HUNG = 75
+"""Exit code of a rank that waited in vain."""
+
+
+def refusals(_: dict[str, Any]) -> dict[str, str]:
+    """Trouble on the second data-parallel rank only."""
+    join_group("refusals")
+    _, layout, learner = build({})
+    before = learner.checksum()
+    good, bad = Row([1], [2], [1], 1.0), Row([1], [VOCAB], [1], 1.0)
+    infinite = Row([1], [2], [1], float("inf"))
+    second = layout.dp_rank == 1
+    result = {"checksum_before": before}
+    for name, row in (("rows", bad), ("loss", infinite)):
+        try:
+            learner.step([[row if second else good]], 2)
+        except AsympoError as error:
+            result[name] = f"{type(error).__name__}: {error}"
+    result["checksum"] = learner.checksum()
+    return result

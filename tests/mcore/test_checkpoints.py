@@ -1,0 +1,167 @@
+"""Checkpoints: bit-exact resume, any layout to any layout, partial ones skipped, a full disk leaves nothing."""
+
+import json
+import logging
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import PROGRAM
+from rank_programs import build, make_rows, microbatches, train
+
+from asympo_megatron.errors import CheckpointError
+from asympo_megatron.mcore import Checkpoints, Learner
+from asympo_megatron.mcore.checkpoint import MARKER
+from asympo_megatron.testing.megatron import run_ranks
+
+SPLIT = {"batch": {"max_tokens_per_microbatch": 2048}}
+
+
+@pytest.mark.parametrize("distributed", [False, True])
+@pytest.mark.parametrize("save_at", [0, 2])
+def test_resume_is_bit_exact(tmp_path: Path, one_rank: None, distributed: bool, save_at: int) -> None:
+    case: dict[str, Any] = {"config": {"optimizer": {"distributed": distributed, "schedule": "linear"}}}
+    path = tmp_path / "step"
+    straight = train("straight", case)
+    if save_at == 0:
+        build(case)[2].save(path)
+    else:
+        train("first", {**case, "steps": save_at, "save_at": save_at, "save": str(path)})
+    resumed = train("second", {**case, "steps": 4 - save_at, "load": str(path)})
+    assert resumed["checksums"] == straight["checksums"][save_at:]
+    assert resumed["figures"] == straight["figures"][save_at:]
+
+
+def test_forgetting_the_moments_is_noticed(tmp_path: Path, one_rank: None) -> None:
+    """Mutant: weights without optimizer state do not resume."""
+    straight = train("straight", {})
+    train("first", {"steps": 2, "save_at": 2, "save": str(tmp_path / "step")})
+    config, layout, learner = build({})
+    learner.load(tmp_path / "step", weights_only=True)
+    assert learner.checksum() == straight["checksums"][2]
+    assert learner.step_count == 0
+    rows = make_rows(2)
+    learner.step(microbatches(rows, config, layout), len(rows))
+    assert learner.checksum() != straight["checksums"][3]
+
+
+@pytest.mark.slow
+def test_any_layout_loads_what_any_layout_saved(tmp_path: Path, reference: dict[str, Any]) -> None:
+    """Saved by one rank, and by two with a sharded optimizer; loaded under every pair of ranks and by one."""
+    single, sharded = str(tmp_path / "single"), str(tmp_path / "sharded")
+    train("single", {"steps": 2, "save_at": 2, "save": single})
+    distributed = {"optimizer": {"distributed": True}}
+    train("as sharded", {"config": distributed, "steps": 2, "save_at": 2, "save": str(tmp_path / "alone")})
+    cases = {
+        "save": {"config": distributed, "steps": 2, "save_at": 2, "save": sharded},
+        "data": {"config": distributed, "load": sharded, "steps": 2},
+        "tensor": {"config": {"parallel": {"tensor": 2}}, "load": single, "steps": 2},
+        "sequence": {"config": {"parallel": {"tensor": 2, "sequence": True}}, "load": single, "steps": 2},
+        "pipeline": {"config": {"parallel": {"pipeline": 2}}, "load": single, "steps": 2},
+        "context": {"config": {"parallel": {"context": 2}}, "load": single, "steps": 2},
+        "tensor-sharded": {"config": {"parallel": {"tensor": 2}, **distributed}, "load": sharded, "steps": 2},
+        "pipeline-sharded": {"config": {"parallel": {"pipeline": 2}, **distributed}, "load": sharded, "steps": 2},
+    }
+    two = run_ranks(f"{PROGRAM}:train_cases", 2, {"cases": cases}, timeout_s=400)[0]
+    two["one"] = train("one", {"config": distributed, "load": sharded, "steps": 2})
+    for name in set(two) - {"save"}:
+        for got, wanted in zip(two[name]["figures"], reference["figures"][2:], strict=True):
+            assert got["loss"] == pytest.approx(wanted["loss"], abs=1e-6), name
+            assert got["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-5), name
+    assert two["data"]["checksums"][0] == two["save"]["checksums"][2]
+    assert two["tensor"]["checksums"][0] == two["pipeline"]["checksums"][0] == reference["checksums"][2]
+
+
+def _saved(tmp_path: Path, steps: int, keep_last: int = 9) -> tuple[Checkpoints, Learner]:
+    _, _, learner = build({"config": SPLIT})
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep_last)
+    for step in range(steps):
+        rows = make_rows(step, 4)
+        learner.step([rows], 4)
+        checkpoints.save(learner)
+    return checkpoints, learner
+
+
+def test_partial_checkpoints_are_skipped(tmp_path: Path, one_rank: None, caplog: pytest.LogCaptureFixture) -> None:
+    checkpoints, _ = _saved(tmp_path, 3)
+    (checkpoints.root / "step_000003" / MARKER).unlink()
+    (checkpoints.root / "step_000009").mkdir()
+    (checkpoints.root / "step_000010.tmp").mkdir()
+    with caplog.at_level(logging.WARNING):
+        assert checkpoints.newest() == checkpoints.root / "step_000002"
+    assert "step_000009, step_000003 is incomplete and skipped; using step_000002" in caplog.text
+    assert Checkpoints.find(tmp_path) == checkpoints.root / "step_000002"
+    assert Checkpoints.find(checkpoints.root / "step_000001") == checkpoints.root / "step_000001"
+
+
+def test_only_the_last_are_kept(tmp_path: Path, one_rank: None) -> None:
+    checkpoints, learner = _saved(tmp_path, 4, keep_last=2)
+    names = sorted(path.name for path in checkpoints.root.iterdir())
+    assert names == ["step_000003", "step_000004"]
+    before = (checkpoints.root / "step_000004" / MARKER).stat().st_mtime_ns
+    assert checkpoints.save(learner) == 3  # saved already: nothing is written again
+    assert (checkpoints.root / "step_000004" / MARKER).stat().st_mtime_ns == before
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    assert Checkpoints(tmp_path / "none", 2).newest() is None
+    with pytest.raises(CheckpointError, match=r"does not exist\. Check model.init"):
+        Checkpoints.find(tmp_path / "none")
+    with pytest.raises(CheckpointError, match="holds no complete checkpoint"):
+        Checkpoints.find(tmp_path)
+
+
+@contextmanager
+def _files_up_to(size: int) -> Iterator[None]:
+    """Writes beyond ``size`` bytes fail in this process and its children, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("size", [0, 20_000])
+def test_full_disk_leaves_nothing_half_written(tmp_path: Path, one_rank: None, size: int) -> None:
+    checkpoints, learner = _saved(tmp_path, 1)
+    rows = make_rows(1, 4)
+    learner.step([rows], 4)
+    before = learner.checksum()
+    with _files_up_to(size), pytest.raises(CheckpointError, match="step_000002 could not be written"):
+        checkpoints.save(learner)
+    assert [path.name for path in checkpoints.root.iterdir()] == ["step_000001"]
+    assert checkpoints.newest() == checkpoints.root / "step_000001"
+    assert learner.checksum() == before
+    checkpoints.save(learner)  # and once there is room again it works
+    assert checkpoints.newest() == checkpoints.root / "step_000002"
+
+
+def test_refusals(tmp_path: Path, one_rank: None) -> None:
+    checkpoints, learner = _saved(tmp_path, 1)
+    newest = checkpoints.newest()
+    assert newest is not None
+    with pytest.raises(CheckpointError, match="exists already; a checkpoint is never overwritten"):
+        learner.save(newest)
+    with pytest.raises(CheckpointError, match=r"checkpoint .*gone does not exist"):
+        learner.load(tmp_path / "gone")
+    marker = json.loads((newest / MARKER).read_text())
+    _, _, other = build({"hf": {"intermediate_size": 64}})
+    with pytest.raises(CheckpointError, match="model with ffn_size=48, this run has ffn_size=64"):
+        other.load(newest)
+    (newest / MARKER).write_text(json.dumps({**marker, "format": 99}))
+    with pytest.raises(CheckpointError, match="format 99, expected 1"):
+        other.load(newest)
+
+
+def test_random_state_travels(tmp_path: Path, one_rank: None) -> None:
+    checkpoints, learner = _saved(tmp_path, 1)
+    wanted = torch.rand(3)
+    newest = checkpoints.newest()
+    assert newest is not None
+    learner.load(newest)
+    assert torch.equal(torch.rand(3), wanted)
