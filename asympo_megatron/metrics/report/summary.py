@@ -89,8 +89,8 @@ def _what_rl_did(run: RunData) -> str | None:
     if run.config.task.name == "spell_backward" and run.config.task.kind == "reasoning_gym":
         # asympo run quickstart run.steps=1 rollout.eval.temperature=0 rollout.eval.prompts=499: 0.990 at step 0
         text += (
-            "Such a policy has learned the task: decoded greedily, the warm start of the quickstart preset is right for "
-            "99% of the held-out words (measured with seed 0). A sampled answer copies the noise. "
+            "Such a policy has learned the task: decoded greedily, the warm start of the quickstart preset is right "
+            "for 99% of the held-out words (measured with seed 0). A sampled answer copies the noise. "
         )
         if rose:
             text += (
