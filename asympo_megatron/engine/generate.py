@@ -35,8 +35,7 @@ async def generate(request: web.Request) -> web.Response:
     engine.live_rids |= rids
     try:
         engine.thread.submit(sequences)
-        for sequence in sequences:
-            await sequence.future
+        await asyncio.gather(*(sequence.future for sequence in sequences))
     except asyncio.CancelledError:  # the client hung up
         engine.thread.abandon(rids)
         raise

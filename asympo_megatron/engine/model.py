@@ -41,8 +41,7 @@ class ServedModel:
         """Text of token ids, empty without a tokenizer."""
         if self.tokenizer is None:
             return ""
-        # The Rust tokenizer directly: the wrapper around it costs ten times the decoding of a short response.
-        return self.tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+        return self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
 
 
 def load_model(options: EngineOptions) -> ServedModel:
