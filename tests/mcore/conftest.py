@@ -10,8 +10,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # rank_programs is shared with the ranks' own processes
 
-PROGRAM = str(Path(__file__).parent / "rank_programs.py")
-
 
 @pytest.fixture
 def one_rank() -> Iterator[None]:

@@ -20,6 +20,8 @@ from asympo_megatron.packing import plan_microbatches
 from asympo_megatron.parallel import ParallelGroups
 from asympo_megatron.testing.megatron import join_group
 
+PROGRAM = __file__
+
 VOCAB = 67
 """Odd on purpose: under tensor parallelism the vocabulary is padded."""
 

@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import PROGRAM
-from rank_programs import build, make_rows, microbatches, train
+from rank_programs import PROGRAM, build, make_rows, microbatches, train
 
 from asympo_megatron.errors import CheckpointError
 from asympo_megatron.mcore import Checkpoints, Learner

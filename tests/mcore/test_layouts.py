@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from conftest import PROGRAM
+from rank_programs import PROGRAM, train
 
 from asympo_megatron.testing.megatron import run_ranks
 
@@ -97,6 +97,4 @@ def test_four_ranks_reproduce_one(four_ranks: list[dict[str, Any]], reference: d
 
 @pytest.mark.slow
 def test_four_way_tensor_parallelism(four_ranks: list[dict[str, Any]]) -> None:
-    from rank_programs import train
-
     _check(four_ranks, "tensor-4-heads", train("reference", {"hf": {"num_key_value_heads": 4}}))

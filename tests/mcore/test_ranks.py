@@ -4,8 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import PROGRAM
-from rank_programs import HUNG
+from rank_programs import HUNG, PROGRAM
 
 from asympo_megatron.testing.megatron import RankError, run_ranks
 
