@@ -1,5 +1,7 @@
 """Contradictions between configuration values, found before any process starts."""
 
+from typing import Any
+
 from asympo_megatron.config.schema import Config
 from asympo_megatron.errors import ConfigError, UnknownNameError
 
@@ -74,9 +76,9 @@ def validate(config: Config) -> None:
     _check_parallel(config)
 
 
-def value_of(config: Config, key: str) -> object:
+def value_of(config: Config, key: str) -> Any:
     """The value at a dotted key, e.g. ``value_of(config, "rollout.sampling.temperature")``."""
-    value: object = config
+    value: Any = config
     for part in key.split("."):
         value = getattr(value, part)
     return value
@@ -114,9 +116,9 @@ def _check_source(config: Config) -> None:
         )
     if config.sync.interval_steps > rollout.max_lag_steps + 1:
         raise ConfigError(
-            f"sync.interval_steps={config.sync.interval_steps} with rollout.max_lag_steps={rollout.max_lag_steps} would "
-            "wait for ever: prompts are admitted by the step of the engines' weights. "
-            f"Set rollout.max_lag_steps to {config.sync.interval_steps - 1} or more, or sync.interval_steps lower."
+            f"sync.interval_steps={config.sync.interval_steps} with rollout.max_lag_steps={rollout.max_lag_steps} "
+            "would wait for ever: prompts are admitted by the step of the engines' weights. "
+            f"Set rollout.max_lag_steps to {config.sync.interval_steps - 1} or more, or lower sync.interval_steps."
         )
     if config.task.kind == "jsonl" and not config.task.path and rollout.source != "replay":
         raise ConfigError("task.kind=jsonl needs task.path, a JSONL file of prompts.")
