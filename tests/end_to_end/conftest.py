@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from bench_size import STEPS
 
 from asympo_megatron.metrics import read_rows
 from asympo_megatron.records import write_groups
@@ -16,7 +17,6 @@ from asympo_megatron.testing.tiny_model import make_tiny_model
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "GLOO_SOCKET_IFNAME": "lo"}
 ASYMPO = [sys.executable, "-m", "asympo_megatron.cli.main"]
-STEPS = 5
 
 
 @dataclass

@@ -6,7 +6,7 @@ import sys
 import time
 
 import pytest
-from conftest import STEPS
+from bench_size import STEPS
 
 from asympo_megatron.launch.ports import free_port
 

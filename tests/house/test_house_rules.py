@@ -34,6 +34,15 @@ def test_no_source_file_is_too_long():
     assert long == {}
 
 
+def test_files_of_different_test_folders_do_not_hide_each_other():
+    """Test folders share one import path: names are unique, and nothing imports from a conftest."""
+    files = [path for path in tracked("tests/*.py") if path.name != "conftest.py"]
+    names = [path.name for path in files]
+    assert sorted(set(names)) == sorted(names)
+    words = re.compile(r"^(from|import) conftest\b", flags=re.MULTILINE)
+    assert [str(path) for path in files if words.search(path.read_text())] == []
+
+
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) < MAX_README_LINES
 

@@ -1,0 +1,3 @@
+"""Size of the runs of this folder."""
+
+STEPS = 5
