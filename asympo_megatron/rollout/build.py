@@ -102,15 +102,15 @@ def _assemble(
         lambda: (config.run.name, journal.incarnation),
         logprobs=_needs_logprobs(config) if behavior_logprobs is None else behavior_logprobs,
     )
-    options = SyncOptions(
-        run_prefix=run_prefix(config.run.name),
-        pause_mode=config.sync.pause_mode,
-        timeout_s=config.sync.timeout_s,
-        start_timeout_s=rollout.engine_start_timeout_s,
-        health_interval_s=rollout.engine_timeout_s / 4,
-        backoff_s=backoff_s,
+    syncer = Syncer(
+        fleet,
+        targets,
+        _sync_options(config, backoff_s),
+        verify or _verify_version,
+        _connector(config),
+        bell,
+        background,
     )
-    syncer = Syncer(fleet, targets, options, verify or _verify_version, _connector(config), bell, background)
     sampler = GroupSampler(config, task, scorer, ledger, rule, lambda: fleet.step, requester, fleet, bell, background)
     evaluator = Evaluator(config, task, scorer, requester, fleet, targets, journal, bell)
     return Controller(Parts(*common, sampler, syncer, requester, evaluator), list(engine_urls))
@@ -202,6 +202,18 @@ def _targets(config: Config, journal: Journal, ledger: Ledger) -> Targets:
         and Path(row.path).is_dir()
     ]
     return Targets(rows[-1], owed)
+
+
+def _sync_options(config: Config, backoff_s: float) -> SyncOptions:
+    rollout = config.rollout
+    return SyncOptions(
+        run_prefix=run_prefix(config.run.name),
+        pause_mode=config.sync.pause_mode,
+        timeout_s=config.sync.timeout_s,
+        start_timeout_s=rollout.engine_start_timeout_s,
+        health_interval_s=rollout.engine_timeout_s / 4,
+        backoff_s=backoff_s,
+    )
 
 
 def _connector(config: Config) -> Callable[[str], EngineClient]:
