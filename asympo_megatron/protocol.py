@@ -61,6 +61,8 @@ class Evaluation(msgspec.Struct, frozen=True):
     responses: int
     mean_tokens: float
     seconds: float
+    greedy_accuracy: float | None = None
+    """Of one answer a prompt at temperature 0, where rollout.eval.greedy asks for it."""
 
 
 class LeaseReply(msgspec.Struct, frozen=True):

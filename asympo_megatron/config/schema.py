@@ -141,6 +141,8 @@ class EvalConfig:
     """Held-out prompts an evaluation uses (fewer if the task holds fewer)."""
     samples_per_prompt: int = 1
     """Accuracy is the mean over all of them."""
+    greedy: bool = False
+    """Also judge one answer a prompt at temperature 0 (eval/greedy_accuracy): what the policy ranks first."""
     temperature: float = 1.0
     """Of the evaluation alone."""
     top_p: float = 1.0

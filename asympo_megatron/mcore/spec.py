@@ -11,18 +11,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
 from asympo_megatron.mcore.attention import PackedAttention
-
-
-class RMSNorm(torch.nn.RMSNorm):
-    """RMSNorm whose weight says that its gradient must be summed over tensor parallelism under sequence parallelism.
-
-    ``finalize_model_grads._allreduce_non_tensor_model_parallel_grads`` looks for that mark; Megatron's own wrapper of
-    torch's norms refuses sequence parallelism instead of setting it.
-    """
-
-    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
-        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+from asympo_megatron.mcore.norm import RMSNorm
 
 
 def uses_transformer_engine() -> bool:

@@ -4,6 +4,9 @@ import asyncio
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
+
+import msgspec
 
 from asympo_megatron.config import Config
 from asympo_megatron.errors import ControllerError, RewardError
@@ -27,6 +30,15 @@ def evaluation_due(config: Config, step: int) -> bool:
     """Whether weights of ``step`` are evaluated: every ``eval.interval_steps``, step 0 and the last one."""
     interval = config.rollout.eval.interval_steps
     return interval > 0 and (step % interval == 0 or step == config.run.steps)
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """What one held-out prompt contributes: rewards and lengths of sampled answers, rewards of greedy ones."""
+
+    rewards: list[float]
+    greedy: list[float]
+    tokens: list[int]
 
 
 class Evaluator:
@@ -76,9 +88,10 @@ class Evaluator:
     async def _evaluate(self, row: VersionRow) -> Evaluation:
         started_s = time.monotonic()
         prompts = self._task.eval_prompts(self._config.rollout.eval.prompts)
-        scored = await asyncio.gather(*(self._answer(number, prompt, row) for number, prompt in enumerate(prompts)))
-        rewards = [reward for group, _ in scored for reward in group]
-        lengths = [tokens for _, group in scored for tokens in group]
+        judged = await asyncio.gather(*(self._answer(number, prompt, row) for number, prompt in enumerate(prompts)))
+        rewards = [reward for found in judged for reward in found.rewards]
+        lengths = [tokens for found in judged for tokens in found.tokens]
+        greedy = [reward for found in judged for reward in found.greedy]
         if not rewards:
             raise ControllerError(f"evaluation of step {row.step}: none of {len(prompts)} held-out answers was scored.")
         result = Evaluation(
@@ -88,24 +101,28 @@ class Evaluator:
             responses=len(rewards),
             mean_tokens=sum(lengths) / len(lengths),
             seconds=time.monotonic() - started_s,
+            greedy_accuracy=sum(greedy) / len(greedy) if greedy else None,
         )
         log.info("evaluation of step %d: %.4f over %d answers", row.step, result.accuracy, result.responses)
         return result
 
-    async def _answer(self, number: int, prompt: Prompt, row: VersionRow) -> tuple[list[float], list[int]]:
+    async def _answer(self, number: int, prompt: Prompt, row: VersionRow) -> "_Judged":
         """Rewards and lengths of the answers to one prompt; nothing where the scorer failed, which is logged."""
-        ids = list(prompt.ids)
+        ids, evaluation = list(prompt.ids), self._config.rollout.eval
         check_prompt(ids, self._task.codec.vocab_size, f"held-out prompt {number}")
-        samples = range(self._config.rollout.eval.samples_per_prompt)
-        drafts = [Draft(-1 - number, f"e{number:08d}", k, ids, self._params(), row.version) for k in samples]
+        sampled = evaluation.samples_per_prompt
+        params = [self._params(evaluation.temperature, evaluation.top_p)] * sampled
+        if evaluation.greedy:
+            params.append(self._params(0.0, 1.0))
+        drafts = [Draft(-1 - number, f"e{number:08d}", k, ids, how, row.version) for k, how in enumerate(params)]
         answers: Sequence[Sampled] = await asyncio.gather(*(self._pinned(draft) for draft in drafts))
         self._fleet.forget_group(-1 - number)
         try:
             rewards = await score(self._scorer, prompt, answers)
         except RewardError as error:
             log.error("held-out prompt %d is left out of the evaluation of step %d: %s", number, row.step, error)
-            return [], []
-        return rewards, [len(answer.ids) for answer in answers]
+            return _Judged([], [], [])
+        return _Judged(rewards[:sampled], rewards[sampled:], [len(answer.ids) for answer in answers[:sampled]])
 
     async def _pinned(self, draft: Draft) -> Sampled:
         for _ in range(_MAX_SAMPLES):
@@ -117,8 +134,6 @@ class Evaluator:
             "someone else changes the engines' weights."
         )
 
-    def _params(self) -> SamplingParams:
-        training, evaluation = sampling_params(self._config, self._task), self._config.rollout.eval
-        return SamplingParams(
-            training.max_new_tokens, evaluation.temperature, evaluation.top_p, training.top_k, training.stop_token_ids
-        )
+    def _params(self, temperature: float, top_p: float) -> SamplingParams:
+        training = sampling_params(self._config, self._task)
+        return msgspec.structs.replace(training, temperature=temperature, top_p=top_p)

@@ -60,6 +60,8 @@ class MetricsRows:
         for found in evaluations:
             row = dict(self._recent.get(found.step, {"step": found.step}))
             row["eval/accuracy"] = found.accuracy
+            if found.greedy_accuracy is not None:
+                row["eval/greedy_accuracy"] = found.greedy_accuracy
             row["eval/step"] = found.step
             row["eval/version"] = found.version
             row["eval/responses"] = found.responses

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from asympo_megatron.errors import ConfigError
-from asympo_megatron.mcore.attention import PackedAttention
+from asympo_megatron.mcore.attention import SHORT, PackedAttention
 from asympo_megatron.mcore.packed import PackedSequences
 
 CPU = torch.device("cpu")
@@ -15,6 +15,7 @@ LENGTHS = [
     pytest.param([5, 5, 5], id="equal"),
     pytest.param([7, 1, 26, 24, 3, 25], id="uneven"),
     pytest.param([1], id="one token"),
+    pytest.param([70, 3, 65, 80], id="long and short"),
     pytest.param([3000, 3, 2999], id="too large for one batch"),
 ]
 
@@ -38,7 +39,7 @@ def _loop(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: 
     return torch.cat(outputs)
 
 
-@pytest.mark.parametrize("lengths", LENGTHS[:3])
+@pytest.mark.parametrize("lengths", LENGTHS[:4])
 def test_attention_equals_the_loop(lengths: list[int]) -> None:
     generator = torch.Generator().manual_seed(0)
     shapes = [(sum(lengths), heads, 8) for heads in (4, 2, 2)]
@@ -117,9 +118,9 @@ def test_refusals() -> None:
 
 
 def test_scaled_dot_product_is_the_reference() -> None:
-    """One sequence alone is torch's own causal attention, bit for bit."""
-    q, k, v = (torch.randn(9, 4, 8) for _ in range(3))
-    got = _attention()(q, k, v, None, packed_seq_params=PackedSequences.of([9], CPU))
+    """One long sequence alone is torch's own causal attention, bit for bit."""
+    q, k, v = (torch.randn(SHORT + 1, 4, 8) for _ in range(3))
+    got = _attention()(q, k, v, None, packed_seq_params=PackedSequences.of([SHORT + 1], CPU))
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
     wanted = F.scaled_dot_product_attention(q, k, v, is_causal=True)[0].transpose(0, 1).flatten(1)
     assert torch.equal(got, wanted)

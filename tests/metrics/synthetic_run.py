@@ -11,7 +11,9 @@ from asympo_megatron.metrics import MetricsWriter
 STEPS = 250
 
 
-def write_run(root: Path, steps: int = STEPS, seed: int = 0, overrides: Sequence[str] = ()) -> Path:
+def write_run(
+    root: Path, steps: int = STEPS, seed: int = 0, overrides: Sequence[str] = (), greedy: float = 0.985
+) -> Path:
     """Make RUN_DIR with config.yaml, metrics.jsonl and warmup/metrics.jsonl; returns RUN_DIR."""
     config = load_config("quickstart", [f"run.root={root}", f"run.steps={steps}", *overrides])
     run_dir = RunDir.of(config)
@@ -19,7 +21,7 @@ def write_run(root: Path, steps: int = STEPS, seed: int = 0, overrides: Sequence
     rng = random.Random(seed)
     writer = MetricsWriter(run_dir.metrics)
     for step in range(steps + 1):
-        writer.write(_row(step, steps, rng))
+        writer.write(_row(step, steps, rng, greedy))
     writer.close()
     warmup = MetricsWriter(RunDir(run_dir.warmup).metrics)
     for step in range(1, 301):
@@ -29,11 +31,12 @@ def write_run(root: Path, steps: int = STEPS, seed: int = 0, overrides: Sequence
     return run_dir.path
 
 
-def _row(step: int, steps: int, rng: random.Random) -> dict:
+def _row(step: int, steps: int, rng: random.Random, greedy: float) -> dict:
     skill = 0.28 + 0.68 * (1 - math.exp(-4.0 * step / steps))
     row: dict = {"step": step, "incarnation": 1, "time_s": 0.42 * step}
     if step % 25 == 0 or step == steps:
         row |= {"eval/accuracy": skill, "eval/step": step, "eval/responses": 256, "eval/version": step}
+        row["eval/greedy_accuracy"] = greedy
     if step == 0:
         return row
     histogram = [0] * 6

@@ -84,14 +84,15 @@ def test_the_summary_tells_what_happened(run_dir, page):
     assert f"rose from {first:.1%} at step 0 to {last:.1%} at step {STEPS}" in text
     assert "concentrated the distribution" in text
     assert "It did not teach the task." in text
+    assert "right for 98.5% of the held-out prompts before RL" in text
     assert "with probability 0.22" in text
 
 
-def test_the_claim_about_the_quickstart_is_not_made_of_another_task(tmp_path):
-    run_dir = write_run(tmp_path, steps=50, overrides=["task.name=chain_sum", "task.options={}"])
+def test_what_rl_did_is_claimed_only_where_greedy_answers_were_right_before(tmp_path):
+    run_dir = write_run(tmp_path, steps=50, greedy=0.4)
     text = " ".join(summary.paragraphs(load_run(run_dir)))
+    assert "it was right for 40.0% of the held-out prompts before RL" in text
     assert "part of the rise is RL removing it" in text
-    assert "greedily" not in text
     assert "did not teach" not in text
 
 

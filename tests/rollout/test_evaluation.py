@@ -56,6 +56,22 @@ def test_every_interval_first_and_last(tmp_path: Path) -> None:
     run_async(scenario())
 
 
+def test_greedy_answers_are_asked_for_and_counted_apart(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        engine = FakeEngine(VOCAB)
+        config = eval_config(rollout__eval__greedy=True, rollout__eval__samples_per_prompt=3)
+        async with world(tmp_path, config, [engine]) as w:
+            await w.trainer.attach()
+            await w.trainer.publish(0)
+            found = [result for carried in (await to_the_end(w)).values() for result in carried]
+            # of rows 0 to 3 of a prompt this world's scorer likes 1 and 3; row 3 is the greedy one
+            assert {(r.accuracy, r.greedy_accuracy, r.responses) for r in found} == {(1 / 3, 1.0, 9)}
+            asked = [b["sampling_params"] for b in engine.requests if held_out(b) and b["extra_key"] == "0"]
+            assert sorted(params["temperature"] for params in asked) == [0.0] * 3 + [1.0] * 9
+
+    run_async(scenario())
+
+
 def test_weights_wait_for_the_evaluation_and_training_does_not(tmp_path: Path) -> None:
     async def scenario() -> None:
         engine = FakeEngine(VOCAB)
@@ -101,6 +117,7 @@ def test_answers_with_other_weights_are_sampled_again(tmp_path: Path) -> None:
             engine.hold(lambda _: None)
             await engine.release()
             await w.until(lambda: w.controller.parts.targets.pinned is None)
+            await w.until(lambda: w.controller.parts.journal.has_evaluation(0, "weights-0"))
             result = (await w.trainer.lease(0)).evaluations[0]
             assert (result.version, result.responses) == (0, 3)
             assert len([body for body in engine.requests if held_out(body)]) >= 6

@@ -49,6 +49,11 @@ def headline(run: RunData) -> Plot | None:
                     fontweight="bold",
                     ha="left" if index == 0 else "right",
                 )
+        greedy = run.series("eval/greedy_accuracy")
+        if greedy:
+            axes.plot(
+                greedy.steps, greedy.values, "o--", color=GREEN, linewidth=1.2, markersize=3, label="greedy answers"
+            )
         values = np.concatenate([reward.values, accuracy.values])
         if values.min() >= 0 and values.max() <= 1:
             axes.set_ylim(0, 1.02)

@@ -86,17 +86,17 @@ def _what_rl_did(run: RunData) -> str | None:
         f"replaced by a random one with probability {float(noise):g}. "
     )
     rose = accuracy.last > accuracy.first + 0.05
-    if run.config.task.name == "spell_backward" and run.config.task.kind == "reasoning_gym":
-        # asympo run quickstart run.steps=1 rollout.eval.temperature=0 rollout.eval.prompts=499: 0.990 at step 0
+    greedy = run.series("eval/greedy_accuracy")
+    if greedy:
         text += (
-            "Such a policy has learned the task: decoded greedily, the warm start of the quickstart preset is right "
-            "for 99% of the held-out words (measured with seed 0). A sampled answer copies the noise. "
+            f"Decoded greedily, it was right for {greedy.first:.1%} of the held-out prompts before RL and for "
+            f"{greedy.last:.1%} at the end. "
         )
-        if rose:
-            text += (
-                "RL removed that noise: it concentrated the distribution on answers the policy already ranked first. "
-                "It did not teach the task."
-            )
+    if rose and greedy and greedy.first > accuracy.last - 0.05:
+        text += (
+            "So the policy had learned the task, and only its samples copied the noise. RL removed that noise: it "
+            "concentrated the distribution on answers the policy already ranked first. It did not teach the task."
+        )
     elif rose:
         text += "A sampled answer copies that noise, so part of the rise is RL removing it."
     return text.strip()
