@@ -15,7 +15,6 @@ from torch import Tensor
 from asympo_megatron.errors import ConfigError
 from asympo_megatron.mcore.packed import Bucket, PackedSequences, PaddedLayout
 
-
 SHORT = 64
 """Up to this length a batch of small matrix products beats the flash kernel on CPU (half the time at 25 tokens)."""
 
