@@ -61,6 +61,11 @@ def test_open_bins_yield_their_edge():
     assert reduce_stats({"h": histogram}, None) == {"h_p10": 0.0, "h_p50": 4.0, "h_p90": 4.0}
 
 
+def test_quantiles_interpolate_by_the_share_of_their_bin():
+    histogram = Stat.histogram(torch.full((8,), 3.0), EDGES, torch.ones(8))  # all in (2, 4]
+    assert reduce_stats({"h": histogram}, None) == pytest.approx({"h_p10": 2.2, "h_p50": 3.0, "h_p90": 3.8})
+
+
 def test_histogram_weight_zero_leaves_out():
     histogram = Stat.histogram(torch.tensor([0.5, 3.0]), EDGES, torch.tensor([0, 2]))
     assert histogram.values_K.tolist() == [0, 0, 0, 2, 0]

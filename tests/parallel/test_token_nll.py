@@ -1,11 +1,15 @@
 """token_nll against the dense softmax, its gradients by finite differences, shards, padding, error budgets, memory."""
 
+import sys
+
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from asympo_megatron.errors import BatchError
 from asympo_megatron.parallel import SINGLE, ParallelGroups, token_nll
+from asympo_megatron.parallel.token_nll import CHUNK_BYTES
 from asympo_megatron.testing.distributed import run_threads
 
 
@@ -184,6 +188,42 @@ def test_vocabulary_shards_add_up_to_one_rank(size, rows, options):
     check_shards(size, rows, options)
 
 
+def default_hidden_gradient(group, hidden, weight, target):
+    shard = weight.chunk(group.size())[group.rank()]
+    hidden = hidden.clone().requires_grad_()
+    (grad,) = gradients(token_nll(hidden, shard, target, groups=ParallelGroups(tensor=group)).sum(), hidden)
+    return grad
+
+
+def test_hidden_gradient_is_partial_by_default():
+    hidden, weight, target = inputs(vocab=16)
+    hidden.requires_grad_()
+    (want,) = gradients(dense(hidden, weight, target)[0].sum(), hidden)
+    parts = run_threads(default_hidden_gradient, 2, hidden.detach(), weight, target)
+    torch.testing.assert_close(parts[0] + parts[1], want, rtol=1e-11, atol=1e-12)
+    assert (parts[0] - want).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("with_entropy", [False, True])
+def test_two_collectives_whatever_the_number_of_chunks(monkeypatch, with_entropy):
+    calls = []
+    original = dist.all_reduce
+
+    def counted(tensor, op=dist.ReduceOp.SUM, group=None):
+        calls.append((op, tensor.numel()))
+        return original(tensor, op=op, group=group)
+
+    def rank_main(group):
+        hidden, weight, target = inputs(vocab=16)
+        options = {"groups": ParallelGroups(tensor=group), "with_entropy": with_entropy, "chunk_tokens": 2}
+        out = token_nll(hidden.requires_grad_(), weight.requires_grad_(), target, **options)
+        sum(part.sum() for part in (out if with_entropy else (out,))).backward()
+
+    monkeypatch.setattr(dist, "all_reduce", counted)
+    run_threads(rank_main, 1)
+    assert calls == [(dist.ReduceOp.MAX, 11), (dist.ReduceOp.SUM, 33 if with_entropy else 22)]
+
+
 def no_tokens_rank(group):
     hidden, weight, target = inputs(tokens=0)
     return token_nll(hidden.requires_grad_(), weight, target, groups=ParallelGroups(tensor=group)).sum()
@@ -295,6 +335,15 @@ def test_never_holds_tokens_times_vocabulary(with_entropy):
     with LargestAllocation() as seen:
         torch.log_softmax(hidden @ weight.t(), -1)
     assert seen.elements == 256 * 128
+
+
+def test_default_chunk_fills_its_budget(monkeypatch):
+    assert CHUNK_BYTES == 268_435_456
+    monkeypatch.setattr(sys.modules[token_nll.__module__], "CHUNK_BYTES", 4 * 128 * 16)
+    hidden, weight, target = inputs(tokens=64, hidden=4, vocab=128, dtype=torch.float32)
+    with LargestAllocation() as seen:
+        token_nll(hidden, weight, target)
+    assert seen.elements == 16 * 128
 
 
 # ---- bad input -----------------------------------------------------------------------------------------------------
