@@ -6,8 +6,10 @@ and type strings (``"torch.cuda.FloatTensor"``). The first are given a CPU meani
 """
 
 import contextlib
+import importlib.util
 import logging
 import sys
+import types
 from typing import Any
 
 import torch
@@ -30,6 +32,9 @@ def import_megatron() -> None:
     def identity(function: Any = None, **_: Any) -> Any:
         return function if function is not None else lambda decorated: decorated
 
+    if importlib.util.find_spec("triton") is None:
+        # transformer/moe/paged_stash.py of 0.19 imports this file, and the file imports triton, unconditionally
+        sys.modules["megatron.core.transformer.moe.ops.paged_stash"] = _Absent("paged_stash kernels (triton)")
     torch.compile = identity  # type: ignore[assignment]
     try:
         import megatron.core.models.gpt
@@ -37,6 +42,19 @@ def import_megatron() -> None:
         import megatron.core.pipeline_parallel  # noqa: F401
     finally:
         torch.compile = compiler
+
+
+class _Absent(types.ModuleType):
+    """A module whose names can be imported and not be called."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+        def absent(*_: Any, **__: Any) -> None:
+            raise RuntimeError(f"{self.__name__} are not available without a GPU.")
+
+        return absent
 
 
 def install() -> None:

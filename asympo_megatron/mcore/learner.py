@@ -45,13 +45,7 @@ class Learner:
         self.config, self.hf_config, self.layout = config, dict(hf_config), layout
         self.plan = plan_model(config, hf_config)
         chunks = build_chunks(self.plan, config.rollout.sampling.temperature, layout.groups)
-        draw_initial_weights(
-            chunks,
-            self.plan.facts.vocab_size,
-            seed=config.run.seed,
-            std=config.model.init_std,
-            num_layers=self.plan.facts.num_layers,
-        )
+        self._initialize(chunks)
         self.chunks = wrap_ddp(config, self.plan.transformer, chunks)
         self.optimizer = build_optimizer(config, self.chunks)
         self.step_count = 0
@@ -121,6 +115,17 @@ class Learner:
         """
         checkpoint.load(self, Path(directory), weights_only=weights_only)
 
+    def _initialize(self, chunks: Sequence[Any]) -> None:
+        """Random weights, or (model.init names other ones, which the caller loads) NaN: forgotten, they never train."""
+        if self.config.model.init != "random":
+            for chunk in chunks:
+                for param in chunk.parameters():
+                    param.data.fill_(math.nan)
+            return
+        facts = self.plan.facts
+        seed, std = self.config.run.seed, self.config.model.init_std
+        draw_initial_weights(chunks, facts.vocab_size, seed=seed, std=std, num_layers=facts.num_layers)
+
     def _connect_schedule(self) -> None:
         """Give Megatron's schedules the callbacks that they look up in the TransformerConfig."""
         transformer, chunks = self.plan.transformer, self.chunks
@@ -146,12 +151,19 @@ class Learner:
 
     def _agree(self, problem: AsympoError | None) -> None:
         """Raise on every rank if any rank has a problem: a rank alone in a collective would wait for ever."""
-        worst = torch.tensor([-1 if problem is None else self.layout.rank], device=self.layout.device)
-        dist.all_reduce(worst, dist.ReduceOp.MAX)
+        worst = self._largest(-1 if problem is None else self.layout.rank)
         if problem is not None:
             raise problem
-        if worst.item() >= 0:
-            raise BatchError(f"rank {worst.item()} refused its rows; its log has the reason.")
+        if worst >= 0:
+            raise BatchError(f"rank {worst} refused its rows; its log has the reason.")
+
+    def _largest(self, value: int) -> int:
+        """The largest value of all ranks."""
+        if self.layout.world_size == 1:
+            return value
+        box = torch.tensor([value], device=self.layout.device)
+        dist.all_reduce(box, dist.ReduceOp.MAX)
+        return int(box.item())
 
     def _forward_backward(self, batches: list[MicroBatch]) -> dict[str, float]:
         """Gradients of the global batch into the buffers; the reduced statistics, equal on every rank."""
@@ -169,7 +181,9 @@ class Learner:
             micro_batch_size=1,
             forward_only=False,
         )
-        return self._share(reduce_stats(merge_stats(results), self.layout.groups.data_context) if results else {})
+        if not results:  # only the last pipeline stage has seen a loss
+            return self._share({})
+        return self._share(reduce_stats(merge_stats(results), self.layout.groups.data_context))
 
     def _share(self, figures: dict[str, float]) -> dict[str, float]:
         """Statistics live on the last pipeline stage: bring them to the others."""
@@ -182,10 +196,7 @@ class Learner:
         return box[0]
 
     def _refuse_non_finite(self, loss_sum: float, grad_norm: float) -> None:
-        bad = torch.tensor([float(not (math.isfinite(loss_sum) and math.isfinite(grad_norm)))])
-        bad = bad.to(self.layout.device)
-        dist.all_reduce(bad, dist.ReduceOp.MAX)
-        if bad.item():
+        if self._largest(int(not (math.isfinite(loss_sum) and math.isfinite(grad_norm)))):
             raise NonFiniteLossError(
                 f"step {self.step_count}: loss sum {loss_sum}, gradient norm {grad_norm}. The step was refused and the "
                 "weights kept. Lower optimizer.lr or optimizer.clip_grad, or raise the objective's nll_floor."

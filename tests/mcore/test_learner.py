@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -116,6 +117,12 @@ def test_non_finite_step_is_refused_and_leaves_no_trace(value: float) -> None:
 def _adam(learner: Learner) -> list[torch.Tensor]:
     state = learner.optimizer.chained_optimizers[0].optimizer.state
     return [value.clone() for entry in state.values() for value in entry.values()]
+
+
+def test_weights_that_nobody_loaded_do_not_train(tmp_path: Path) -> None:
+    _, _, learner = build({"config": {"model": {"init": str(tmp_path)}}})
+    with pytest.raises(NonFiniteLossError):
+        learner.step([[Row([1], [6], [1], 1.0)]], 1)
 
 
 def test_wrong_rows_are_refused_before_any_work() -> None:

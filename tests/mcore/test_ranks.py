@@ -9,6 +9,7 @@ from rank_programs import HUNG, PROGRAM
 from asympo_megatron.testing.megatron import RankError, run_ranks
 
 
+@pytest.mark.slow
 def test_rank_without_trained_token_takes_part() -> None:
     got = run_ranks(f"{PROGRAM}:anchor", 2, {"mutant": False}, timeout_s=200)
     assert got[0] == got[1]
