@@ -3,8 +3,12 @@
 import argparse
 import asyncio
 import logging
+from typing import TYPE_CHECKING
 
 from asympo_megatron.config import Config, RunDir, load_config
+
+if TYPE_CHECKING:
+    from asympo_megatron.tasks import Scorer, Task
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -27,31 +31,39 @@ def train(arguments: argparse.Namespace) -> int:
 
 
 def control(arguments: argparse.Namespace) -> int:
-    from asympo_megatron.rollout import serve_controller
     from asympo_megatron.tasks import build_scorer, load_task, prepare_model_dir
 
     config = _load(arguments)
-    run_dir = RunDir.of(config)
     task = scorer = None
     if config.rollout.source == "engines":
-        task = load_task(config, prepare_model_dir(config, run_dir.path))
+        task = load_task(config, prepare_model_dir(config, RunDir.of(config).path))
         scorer = build_scorer(config, task)
-    asyncio.run(
-        serve_controller(
+    asyncio.run(_control(config, task, scorer))
+    return 0
+
+
+async def _control(config: Config, task: "Task | None", scorer: "Scorer | None") -> None:
+    from asympo_megatron.rollout import serve_controller
+
+    rollout = config.rollout
+    try:
+        await serve_controller(
             config,
-            run_dir.path,
+            RunDir.of(config).path,
             task,
             scorer,
-            config.rollout.engine_urls,
-            host=config.rollout.controller_host,
-            port=config.rollout.controller_port,
+            rollout.engine_urls,
+            host=rollout.controller_host,
+            port=rollout.controller_port,
         )
-    )
-    return 0
+    finally:
+        if scorer is not None:
+            await scorer.close()
 
 
 def engine(arguments: argparse.Namespace) -> int:
     from asympo_megatron.engine import EngineOptions, serve
+    from asympo_megatron.launch.engines import context_length
     from asympo_megatron.tasks import prepare_model_dir
 
     config = _load(arguments)
@@ -65,7 +77,7 @@ def engine(arguments: argparse.Namespace) -> int:
             load_format="dummy",
             api_key=rollout.engine_api_key,
             max_running_requests=rollout.max_in_flight_per_engine,
-            context_length=rollout.sampling.max_prompt_tokens + rollout.sampling.max_new_tokens,
+            context_length=context_length(config),
             dtype=config.model.dtype,
             seed=config.run.seed,
         )

@@ -13,14 +13,19 @@ def engine_command(config: Config, model_dir: Path, port: int) -> list[str]:
     """
     if config.rollout.engine == "embedded":
         return asympo_command("engine", str(RunDir.of(config).config), f"rollout.engine_port={port}")
-    sampling = config.rollout.sampling
     command = [config.rollout.engine_python or sys.executable, "-m", "sglang.launch_server"]
     command += ["--model-path", str(model_dir), "--load-format", "dummy"]
     command += ["--host", config.rollout.engine_host, "--port", str(port)]
-    command += ["--context-length", str(sampling.max_prompt_tokens + sampling.max_new_tokens)]
+    command += ["--context-length", str(context_length(config))]
     if config.rollout.engine_api_key:
         command += ["--api-key", config.rollout.engine_api_key]
     return command + list(config.rollout.engine_args)
+
+
+def context_length(config: Config) -> int:
+    """What an engine must be able to hold; a server refuses prompt + max_new_tokens that reach its context length."""
+    sampling = config.rollout.sampling
+    return sampling.max_prompt_tokens + sampling.max_new_tokens + 1
 
 
 def asympo_command(*arguments: str) -> list[str]:

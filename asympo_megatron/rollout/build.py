@@ -85,7 +85,7 @@ def _assemble(
     targets = _targets(config, journal, ledger)
     common = (config, data_hash(config), journal, ledger, rule, fleet, targets, bell, background)
     if rollout.source == "replay":
-        return Controller(Parts(*common, ReplaySampler(config, ledger, rule, bell), None, None, None), [])
+        return Controller(Parts(*common, ReplaySampler(config, ledger, rule, bell), None, None, None, None), [])
     if rollout.source != "engines" or task is None or scorer is None:
         raise ConfigError(f"rollout.source={rollout.source} needs no controller. Set rollout.controller_url=null.")
 
@@ -113,7 +113,7 @@ def _assemble(
     )
     sampler = GroupSampler(config, task, scorer, ledger, rule, lambda: fleet.step, requester, fleet, bell, background)
     evaluator = Evaluator(config, task, scorer, requester, fleet, targets, journal, bell)
-    return Controller(Parts(*common, sampler, syncer, requester, evaluator), list(engine_urls))
+    return Controller(Parts(*common, sampler, syncer, requester, evaluator, scorer), list(engine_urls))
 
 
 async def serve_controller(

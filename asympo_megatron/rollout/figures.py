@@ -37,6 +37,8 @@ class Figures:
         }
         if self._tokens_per_s is not None:
             figures["rollout/tokens_per_s"] = self._tokens_per_s
+        if parts.scorer is not None:
+            figures.update(parts.scorer.metrics())
         if parts.syncer is not None:
             figures["sync/seconds"] = parts.syncer.last_sync_s
         versions = [engine.weights.version for engine in parts.fleet.serving if engine.weights is not None]

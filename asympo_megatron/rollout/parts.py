@@ -8,6 +8,7 @@ from asympo_megatron.rollout.admission import LagRule
 from asympo_megatron.rollout.bell import Background, Bell
 from asympo_megatron.rollout.evaluator import Evaluator
 from asympo_megatron.rollout.fleet import Fleet
+from asympo_megatron.rollout.interfaces import Scorer
 from asympo_megatron.rollout.journal import Journal
 from asympo_megatron.rollout.ledger import Ledger
 from asympo_megatron.rollout.requester import Requester
@@ -24,7 +25,7 @@ class Feeder(Protocol):
 @dataclass(frozen=True)
 class Parts:
     """The pieces, wired by :func:`asympo_megatron.rollout.build.build_controller`. A replay has no engines, and so
-    no syncer, requester and evaluator."""
+    no syncer, requester, evaluator and scorer."""
 
     config: Config
     data_hash: str
@@ -39,3 +40,4 @@ class Parts:
     syncer: Syncer | None
     requester: Requester | None
     evaluator: Evaluator | None
+    scorer: Scorer | None

@@ -6,7 +6,7 @@ import sys
 import time
 
 import pytest
-from bench_size import STEPS
+from command_bench import STEPS
 
 from asympo_megatron.launch.ports import free_port
 

@@ -73,6 +73,9 @@ class FakeScorer:
             raise errors.RewardError(f"scorer of prompt {prompt.index} broke.")
         return [float(row % 2) for row in range(len(responses))]
 
+    def metrics(self) -> dict[str, float]:
+        return {"reward/junk": float(self.calls)}
+
 
 def small_config(**changes: Any) -> Config:
     """2 groups a step, 2 responses a group, 6 steps; ``rollout__max_lag_steps=0`` sets nested fields."""

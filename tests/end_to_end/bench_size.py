@@ -1,3 +1,0 @@
-"""Size of the runs of this folder."""
-
-STEPS = 5
