@@ -41,7 +41,8 @@ def save(learner: "Learner", directory: Path) -> None:
         CheckpointError: on every rank; ``directory`` does not exist then.
     """
     temporary = directory.with_name(directory.name + TEMPORARY)
-    _on_rank0(learner, lambda: _prepare(directory, temporary))
+    needed_bytes = _size(learner)
+    _on_rank0(learner, lambda: _prepare(directory, temporary, needed_bytes))
     problem = ""
     try:
         with _in_process_results():
@@ -196,11 +197,31 @@ def _in_process_results() -> Iterator[None]:
         filesystem_async._results_queue = before
 
 
-def _prepare(directory: Path, temporary: Path) -> None:
+def _size(learner: "Learner") -> int:
+    """Collective: bytes of weights, float32 masters and two moments of one replica, about what will be written."""
+    size = 0
+    if learner.layout.dp_rank == 0 and learner.layout.groups.context_rank == 0:
+        masters = 0 if learner.config.model.dtype == "fp32" else 4
+        params = (param for chunk in learner.chunks for param in chunk.parameters())
+        size = sum(param.numel() * (param.element_size() + masters + 8) for param in params)
+    box = torch.tensor([size], device=learner.layout.device)
+    dist.all_reduce(box)
+    return int(box.item())
+
+
+def _prepare(directory: Path, temporary: Path, needed_bytes: int) -> None:
+    """Refuse what cannot succeed before ranks depend on each other inside dist_checkpointing."""
     if directory.exists():
         raise CheckpointError(f"{directory} exists already; a checkpoint is never overwritten.")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
+    free_bytes = shutil.disk_usage(temporary).free
+    if free_bytes < needed_bytes:
+        temporary.rmdir()
+        raise CheckpointError(
+            f"{directory} needs about {needed_bytes / 2**20:.1f} MiB and {free_bytes / 2**20:.1f} MiB are free. "
+            "Free some space, lower checkpoint.keep_last, or change run.root."
+        )
 
 
 def _finish(temporary: Path, directory: Path, marker: dict[str, Any]) -> None:

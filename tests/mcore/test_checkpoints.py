@@ -3,6 +3,8 @@
 import json
 import logging
 import resource
+import shutil
+from collections import namedtuple
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -138,6 +140,15 @@ def test_full_disk_leaves_nothing_half_written(tmp_path: Path, one_rank: None, s
     assert learner.checksum() == before
     checkpoints.save(learner)  # and once there is room again it works
     assert checkpoints.newest() == checkpoints.root / "step_000002"
+
+
+def test_lack_of_space_is_seen_beforehand(tmp_path: Path, one_rank: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoints, learner = _saved(tmp_path, 0)
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9, 10_000))
+    with pytest.raises(CheckpointError, match=r"step_000000 needs about 0\.\d MiB and 0.0 MiB are free"):
+        checkpoints.save(learner)
+    assert list(checkpoints.root.iterdir()) == []
 
 
 def test_refusals(tmp_path: Path, one_rank: None) -> None:
