@@ -15,6 +15,7 @@ RECORD = '#!/usr/bin/env bash\nprintf "%q " "$(basename "$0")" "$@" >>"$RECORDED
 STAND_INS = {
     # Runs the script at once, once for each task of an array, and prints a job id.
     "sbatch": """#!/usr/bin/env bash
+set -e
 tasks=0
 for argument in "$@"; do
   case $argument in --array=0-*) tasks=${argument#--array=0-} ;; esac
