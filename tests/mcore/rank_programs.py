@@ -13,7 +13,7 @@ from asympo_megatron.batch import ObjectiveOutput, ResponseBatch
 from asympo_megatron.config import Config
 from asympo_megatron.config.validate import validate
 from asympo_megatron.errors import AsympoError
-from asympo_megatron.mcore import Layout, Learner, Row, initialize, shutdown
+from asympo_megatron.mcore import Layout, Learner, Row, cpu, initialize, shutdown
 from asympo_megatron.mcore.loss import ForwardStep
 from asympo_megatron.objectives import build_objective
 from asympo_megatron.packing import plan_microbatches
@@ -192,3 +192,14 @@ def refusals(_: dict[str, Any]) -> dict[str, str]:
             result[name] = f"{type(error).__name__}: {error}"
     result["checksum"] = learner.checksum()
     return result
+
+
+def scatter_views(_: dict[str, Any]) -> list[list[float]]:
+    """Scatter the even and the odd columns of a matrix: views whose memory interleaves."""
+    cpu.install()
+    join_group("scatter")
+    whole = torch.arange(8.0).view(2, 4)
+    received = torch.empty(2, 2)
+    torch.distributed.scatter(received, [whole[:, ::2], whole[:, 1::2]] if os.environ["RANK"] == "0" else None, src=0)
+    shutdown()
+    return received.tolist()
