@@ -53,8 +53,11 @@ def warm_start_config(config: Config) -> Config | None:
 
 
 def save_config(config: Config, path: str | Path) -> None:
-    """Write the resolved configuration as YAML."""
-    Path(path).write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    """Write the resolved configuration as YAML; only its owner may read it where it holds a token or key."""
+    secret = config.rollout.controller_token or config.rollout.engine_api_key
+    path = Path(path)
+    path.touch(mode=0o600 if secret else 0o644)
+    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
 
 
 def data_hash(config: Config) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from asympo_megatron.errors import AsympoError
 
 _PR_SET_PDEATHSIG = 1
+_TAIL_LINES = 60
 
 
 class ChildDiedError(AsympoError, RuntimeError):
@@ -98,10 +99,12 @@ def death_notice(child: Child, code: int) -> str:
 
 
 def last_words(log: Path, lines: int = 12) -> str:
-    """The last non-empty lines of a log."""
+    """The reason that the role itself gave at the end of its log; without one, the last non-empty lines."""
     text = log.read_text(errors="replace") if log.is_file() else ""
-    tail = [line for line in text.splitlines() if line.strip()][-lines:]
-    return "\n".join(f"    {line}" for line in tail) or "    (empty)"
+    tail = [line for line in text.splitlines() if line.strip()][-_TAIL_LINES:]
+    # torchrun writes pages of its own below the error of a rank
+    reasons = list(dict.fromkeys(line for line in tail if line.startswith("asympo: ")))
+    return "\n".join(f"    {line}" for line in reasons or tail[-lines:]) or "    (empty)"
 
 
 def _signal_group(child: Child, number: signal.Signals) -> None:

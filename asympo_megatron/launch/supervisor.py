@@ -12,11 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from asympo_megatron.config import Config, RunDir, warm_start_config
+from asympo_megatron.errors import ConfigError
 from asympo_megatron.launch.children import Child, ChildDiedError, Children, death_notice
 from asympo_megatron.launch.engines import asympo_command, engine_command, trainer_command
 from asympo_megatron.launch.lock import RunLock
 from asympo_megatron.launch.ports import check_port, free_port
 from asympo_megatron.metrics import RunConsole
+from asympo_megatron.objectives import build_objective
 from asympo_megatron.tasks import prepare_model_dir
 
 _POLL_S = 0.2
@@ -37,9 +39,12 @@ def run_local(config: Config, say: Callable[[str], None]) -> Path:
         ChildDiedError: a role ended too early; everything else has been stopped.
     """
     run_dir = RunDir.of(config)
+    first = warm_start_config(config)
+    preflight(config)
+    if first is not None:
+        preflight(first)
     lock = RunLock(run_dir)
     try:
-        first = warm_start_config(config)
         if first is not None:
             config.model.init = str(_warm_start(first, say))
         run_dir.create(config)
@@ -49,6 +54,20 @@ def run_local(config: Config, say: Callable[[str], None]) -> Path:
     finally:
         lock.release()
     return run_dir.path
+
+
+def preflight(config: Config) -> None:
+    """Refuse what a role would refuse only after another has worked for a while.
+
+    Raises:
+        ConfigError: unknown objective or option, a missing model.init, a port that is taken.
+    """
+    build_objective(config.objective.name, **config.objective.options)
+    init, rollout = config.model.init, config.rollout
+    if init not in ("random", "hf") and not Path(init).is_dir():
+        raise ConfigError(f"model.init is {init!r}, which is no directory. Name a checkpoint, or set random or hf.")
+    if rollout.controller_port and rollout.source != "supervised":
+        check_port(rollout.controller_host, rollout.controller_port, "rollout.controller_port")
 
 
 def _warm_start(config: Config, say: Callable[[str], None]) -> Path:
@@ -85,8 +104,6 @@ def _start_rollout(config: Config, run_dir: RunDir, model_dir: Path, children: C
             port = free_port(rollout.engine_host)
             children.start(f"engine{index}", engine_command(config, model_dir, port), _ROLE_ENV)
             urls.append(f"http://{rollout.engine_host}:{port}")
-    if rollout.controller_port:
-        check_port(rollout.controller_host, rollout.controller_port, "rollout.controller_port")
     port = rollout.controller_port or free_port(rollout.controller_host)
     where = [f"rollout.controller_port={port}", f"rollout.engine_urls=[{','.join(urls)}]"]
     children.start("controller", asympo_command("control", str(run_dir.config), *where), _ROLE_ENV)

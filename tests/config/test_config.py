@@ -85,6 +85,11 @@ def test_saved_config_loads_to_the_same(tmp_path):
     assert load_config(tmp_path / "config.yaml") == config
 
 
+def test_a_config_with_secrets_is_for_its_owner_alone(tmp_path):
+    save_config(quickstart("rollout.controller_token=sesame"), tmp_path / "secret.yaml")
+    assert (tmp_path / "secret.yaml").stat().st_mode & 0o077 == 0
+
+
 def test_every_preset_loads():
     assert "quickstart" in preset_names()
     for name in preset_names():

@@ -45,6 +45,15 @@ def test_a_dead_child_is_reported_with_its_last_words(children):
         children.check()
 
 
+def test_the_reason_a_role_gave_is_shown_without_what_its_launcher_wrote_below(children):
+    words = "\\n".join(["step 1", "asympo: ConfigError: lr is 0.", *["launcher noise"] * 30])
+    child = children.start("trainer", [sys.executable, "-c", f"print('{words}'); raise SystemExit(1)"])
+    child.process.wait()
+    with pytest.raises(ChildDiedError) as caught:
+        children.check()
+    assert str(caught.value).splitlines()[1:] == ["    asympo: ConfigError: lr is 0."]
+
+
 def test_a_killed_child_is_named_by_its_signal(children):
     child = children.start("trainer", [sys.executable, "-c", SLEEP])
     os.kill(child.process.pid, signal.SIGKILL)
