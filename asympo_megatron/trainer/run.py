@@ -31,7 +31,7 @@ def train(config: Config) -> None:
     layout = initialize(config)
     try:
         exchange = Exchange(layout.rank, layout.world_size, layout.dp_rank)
-        model_dir = Path(exchange.from_rank0(lambda: str(prepare_model_dir(config, run_dir.path)), str))
+        model_dir = Path(exchange.from_rank0(lambda: str(_prepare(config, run_dir)), str))
         learner = _learner(config, layout, model_dir)
         checkpoints = Checkpoints(run_dir.checkpoints, config.checkpoint.keep_last)
         _load_weights(config, learner, checkpoints)
@@ -39,6 +39,13 @@ def train(config: Config) -> None:
         TrainingLoop(config, learner, layout, source, publisher, checkpoints, _rows(config, layout, run_dir)).run()
     finally:
         shutdown()
+
+
+def _prepare(config: Config, run_dir: RunDir) -> Path:
+    """The model directory; and, where no `asympo run` has done it, the resolved config beside the metrics."""
+    if not run_dir.config.is_file():
+        run_dir.create(config)
+    return prepare_model_dir(config, run_dir.path)
 
 
 def _learner(config: Config, layout: Layout, model_dir: Path) -> Learner:

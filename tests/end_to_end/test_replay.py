@@ -21,6 +21,7 @@ def straight(bench):
     bench.run("train", str(bench.config), "run.name=straight")
     rows = bench.rows("straight")
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    bench.run("report", "runs/straight")
     assert len(set(bench.checksums("straight"))) == STEPS  # every step moved the weights
     return rows
 
