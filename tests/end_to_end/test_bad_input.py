@@ -87,6 +87,18 @@ def test_replayed_groups_that_cannot_be_trained(bench, ids, words):
     assert bench.rows(name) == []
 
 
+def test_a_trainer_without_a_controller_says_how_to_get_one(bench):
+    output = bench.run(
+        "train",
+        str(bench.config),
+        "rollout.source=engines",
+        "batch.max_tokens_per_microbatch=4096",
+        code=EXIT_BAD_INPUT,
+    )
+    assert "rollout.controller_url" in output
+    assert "`asympo run` starts both" in output
+
+
 def test_a_malformed_replay_line_is_named(bench):
     path = bench.path / "malformed.jsonl"
     path.write_text(json.dumps({"prompt_ids": [1], "responses": [{"ids": [1, 2], "mask": [1], "reward": 1.0}]}) + "\n")
