@@ -10,7 +10,8 @@
 : "${ENGINE:=sglang}"
 : "${SGLANG_PYTHON:=python}"
 : "${MODEL:=models/Qwen3-1.7B-Base}"
-: "${CONTEXT_LENGTH:=5120}" # rollout.sampling: max_prompt_tokens + max_new_tokens
+# rollout.sampling: max_prompt_tokens + max_new_tokens + 1; a server refuses requests that could reach its length.
+: "${CONTEXT_LENGTH:=5121}"
 
 # Address that servers listen on. 0.0.0.0 opens them to the network: keep it a private one, and set ASYMPO_TOKEN.
 : "${BIND:=127.0.0.1}"
