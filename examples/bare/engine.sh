@@ -15,7 +15,13 @@ fi
 commas=${gpus//[^,]/}
 key=()
 if [[ -n "${ASYMPO_ENGINE_KEY:-}" ]]; then
-  key=(--api-key "$ASYMPO_ENGINE_KEY")
+  # In a file for its owner alone: every user of the host can read a command line.
+  file=$PWD/runs/engine_keys/$(hostname)-$port.yaml
+  mkdir -p "${file%/*}"
+  rm -f "$file"
+  quote="'" # YAML doubles it inside quotes
+  (umask 077 && printf "api-key: '%s'\n" "${ASYMPO_ENGINE_KEY//$quote/$quote$quote}" >"$file")
+  key=(--config "$file")
 fi
 export CUDA_VISIBLE_DEVICES=$gpus
 # dummy: random weights. The trainer's first published version arrives before the first prompt.

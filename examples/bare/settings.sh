@@ -13,16 +13,27 @@
 # rollout.sampling: max_prompt_tokens + max_new_tokens + 1; a server refuses requests that could reach its length.
 : "${CONTEXT_LENGTH:=5121}"
 
-# Address that servers listen on. 0.0.0.0 opens them to the network: keep it a private one, and set ASYMPO_TOKEN.
+# Address that servers listen on. Anything but loopback opens them to the network: keep it a private one, and set
+# ASYMPO_TOKEN (controller) and ASYMPO_ENGINE_KEY (engines), the same on all hosts.
 : "${BIND:=127.0.0.1}"
 : "${CONTROLLER_PORT:=8700}"
+case $BIND in
+  127.* | localhost | ::1) ;;
+  *)
+    if [[ -z "${ASYMPO_TOKEN:-}" || -z "${ASYMPO_ENGINE_KEY:-}" ]]; then
+      echo "BIND=$BIND opens the servers to the network: set ASYMPO_TOKEN and ASYMPO_ENGINE_KEY." >&2
+      exit 2
+    fi
+    ;;
+esac
 
 # Overrides that every role gets.
 COMMON=()
 if [[ -n "${RUN_NAME:-}" ]]; then
   COMMON+=("run.name=$RUN_NAME")
 fi
-# Secrets come from the environment, so that no command line shows them. Both may stay unset on loopback.
+# Secrets come from the environment, so that no command line shows them (engine.sh hands SGLang its key in a file).
+# Both may stay unset on loopback.
 if [[ -n "${ASYMPO_TOKEN:-}" ]]; then
   export ASYMPO_TOKEN
   # shellcheck disable=SC2016 # resolved by the configuration, not by the shell

@@ -13,11 +13,14 @@ export GPUS_PER_ENGINE=${GPUS_PER_ENGINE:-4}
 export GPUS_PER_NODE=${GPUS_PER_NODE:-8}
 export ROLES=$PWD/examples/bare
 export BIND=0.0.0.0
-# A token of this run, handed to the jobs in their environment.
-export ASYMPO_TOKEN=${ASYMPO_TOKEN:-$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')}
+# Secrets of this run, handed to the jobs in their environment: of the controller and of the engines.
+secret() { od -An -N16 -tx1 /dev/urandom | tr -d ' \n'; }
+export ASYMPO_TOKEN=${ASYMPO_TOKEN:-$(secret)}
+export ASYMPO_ENGINE_KEY=${ASYMPO_ENGINE_KEY:-$(secret)}
 
 export RENDEZVOUS=$PWD/runs/$RUN_NAME/slurm
 mkdir -p "$RENDEZVOUS"
+chmod 700 "$RENDEZVOUS" # SGLang prints its arguments, the key included, to its log
 rm -f "$RENDEZVOUS"/*.url
 
 here=$(dirname "${BASH_SOURCE[0]}")

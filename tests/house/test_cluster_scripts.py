@@ -1,12 +1,14 @@
 """Scripts of examples/slurm and examples/bare, with stand-ins for Slurm and for the roles: who is told what."""
 
 import os
+import re
 import shlex
 import stat
 import subprocess
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 ROOT = Path(__file__).parents[2]
 
@@ -80,10 +82,48 @@ def test_slurm_jobs_find_each_other_by_url(world):
 
 
 def test_secrets_stay_off_the_command_lines(world):
-    calls = run(world, "examples/slurm/submit.sh", "some.yaml", "r", ENGINE="embedded", ASYMPO_TOKEN="sesame")
-    assert "sesame" not in str(calls)
+    secrets = {"ASYMPO_TOKEN": "sesame", "ASYMPO_ENGINE_KEY": "it's open"}
+    calls = run(world, "examples/slurm/submit.sh", "some.yaml", "r", ENGINE="embedded", **secrets)
+    assert not any(secret in str(calls) for secret in secrets.values())
     told = [call for call in calls if "rollout.controller_token=${oc.env:ASYMPO_TOKEN}" in call]
     assert [call[0] for call in told] == ["asympo", "asympo", "asympo", "torchrun", "torchrun"]
+    assert all("rollout.engine_api_key=${oc.env:ASYMPO_ENGINE_KEY}" in call for call in told)
+
+
+def test_sglang_gets_its_key_in_a_file_of_its_owner(world):
+    folder, _ = world
+    keys = {"ASYMPO_ENGINE_KEY": "it's open"}
+    for _ in range(2):  # the second start replaces the file
+        calls = run(world, "examples/bare/engine.sh", "30005", **keys)
+    file = folder / "runs" / "engine_keys" / "host7-30005.yaml"
+    assert calls[-1][calls[-1].index("--config") + 1] == str(file)
+    assert "--api-key" not in calls[-1]
+    assert OmegaConf.load(file) == {"api-key": "it's open"}
+    assert file.stat().st_mode & 0o077 == 0
+
+
+def test_slurm_jobs_get_secrets_that_nobody_set(world):
+    folder, _ = world
+    calls = run(world, "examples/slurm/submit.sh", "some.yaml", "r", ENGINES="1", ENGINE="sglang")
+    controller, *trainers = calls[1:4]
+    for call in (controller, *trainers):
+        assert "rollout.controller_token=${oc.env:ASYMPO_TOKEN}" in call
+        assert "rollout.engine_api_key=${oc.env:ASYMPO_ENGINE_KEY}" in call
+    (file,) = (folder / "runs" / "engine_keys").iterdir()
+    assert re.fullmatch("[0-9a-f]{32}", OmegaConf.load(file)["api-key"])
+    assert (folder / "runs" / "r" / "slurm").stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.parametrize("secrets", [{}, {"ASYMPO_TOKEN": "sesame"}, {"ASYMPO_ENGINE_KEY": "open"}])
+@pytest.mark.parametrize("role", [["engine.sh", "30000"], ["controller.sh", "http://e0:30000"]])
+def test_a_server_on_the_network_needs_both_secrets(world, role, secrets):
+    folder, env = world
+    command = [f"examples/bare/{role[0]}", *role[1:]]
+    open_to_all = {**env, **secrets, "BIND": "0.0.0.0"}
+    done = subprocess.run(command, cwd=folder, env=open_to_all, check=False, timeout=60, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "set ASYMPO_TOKEN and ASYMPO_ENGINE_KEY" in done.stderr
+    assert not (folder / "recorded").exists()
 
 
 def test_a_role_without_its_arguments_says_its_usage(world):
