@@ -39,6 +39,7 @@ class Engine:
     weights: VersionRow | None = None
     """Installed and verified by this controller; None when unknown."""
     loading: VersionRow | None = None
+    """Its files are verified or read; the publisher keeps them."""
     in_flight: int = 0
     failure: Exception | None = None
     """Why it must be quarantined."""

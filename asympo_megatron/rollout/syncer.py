@@ -141,13 +141,16 @@ class Syncer:
             await self._bell.until(lambda: self._targets.current is not None)
             target = self._targets.current
             assert target is not None
-            if engine.weights != target:
-                await self._check_files(target)
-                if self._targets.current == target:
+            if engine.weights == target:
+                await self._watch(engine)
+                continue
+            engine.loading = target  # before its files are read: from now on the publisher keeps them
+            try:
+                if await self._files_good(target) and self._targets.current == target:
                     await self._sync(engine, target, fresh=fresh)
                     fresh = False
-            else:
-                await self._watch(engine)
+            finally:
+                engine.loading = None
 
     async def _watch(self, engine: Engine) -> None:
         """Return when other weights are wanted; raise when the engine failed."""
@@ -162,7 +165,6 @@ class Syncer:
 
     async def _sync(self, engine: Engine, row: VersionRow, *, fresh: bool) -> None:
         started_s = time.monotonic()
-        engine.loading = row
         self._fleet.set_state(engine, EngineState.SYNCING)
         try:
             async with asyncio.timeout(self._options.timeout_s):
@@ -172,8 +174,6 @@ class Syncer:
                 f"engine {engine.url} did not load version {row.version} within {self._options.timeout_s:g} s "
                 "(sync.timeout_s)"
             ) from error
-        finally:
-            engine.loading = None
         if engine.failure is not None:
             raise EngineError(str(engine.failure)) from engine.failure
         engine.weights = row
@@ -198,12 +198,23 @@ class Syncer:
         await _check_label(engine, row)
         await client.resume()
 
-    async def _check_files(self, row: VersionRow) -> None:
-        """Verify a version once, before any engine reads it. A bad one is the publisher's fault, not the engine's."""
+    async def _files_good(self, row: VersionRow) -> bool:
+        """Verify a version once, before any engine reads it; False when it is bad, but no longer wanted.
+
+        A bad version that is wanted is the publisher's fault, not the engine's: PublishError ends the run.
+        """
         if row.version not in self._verified:
             self._verified = {version: task for version, task in self._verified.items() if not task.done()}
             self._verified[row.version] = asyncio.get_running_loop().create_task(self._verify_files(row))
-        await asyncio.shield(self._verified[row.version])
+        try:
+            await asyncio.shield(self._verified[row.version])
+        except PublishError as error:
+            if self._targets.current == row:
+                raise
+            log.info("version %d is not loaded, a newer one is there: %s", row.version, error)
+            self._verified.pop(row.version, None)
+            return False
+        return True
 
     async def _verify_files(self, row: VersionRow) -> None:
         retrying = AsyncRetrying(

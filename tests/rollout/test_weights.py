@@ -1,5 +1,7 @@
 """Weights reach engines while requests run: spans, verification, failures, joining engines, going back."""
 
+import asyncio
+import threading
 from pathlib import Path
 
 import pytest
@@ -165,6 +167,60 @@ def test_damaged_weights_end_the_run_with_the_reason(tmp_path: Path) -> None:
             with pytest.raises(ControllerError, match=r"/weights/0/model\.safetensors has another digest"):
                 await w.trainer.lease(0)
             assert updates(engine) == [], "no engine was told to load it"
+
+    run_async(scenario())
+
+
+def test_version_is_in_use_while_its_files_are_verified(tmp_path: Path) -> None:
+    """Verifying takes long, and two newer versions come meanwhile: the trainer must not delete what is being read."""
+
+    async def scenario() -> None:
+        begun, go_on = threading.Event(), threading.Event()
+
+        def verify(path: Path) -> None:
+            if path.name == "1":
+                begun.set()
+                assert go_on.wait(20)
+
+        async with world(tmp_path, verify=verify) as w:
+            await w.trainer.attach()
+            await w.trainer.publish(0)
+            await w.until(lambda: installed(w, 0))
+            await w.trainer.publish(1)
+            assert await asyncio.to_thread(begun.wait, 20)
+            await w.trainer.publish(2)
+            publish = protocol.PublishRequest(w.trainer.incarnation, 2, 2, "weights-2", "/weights/2")
+            try:
+                assert (await w.trainer.call("/publish", publish, protocol.PublishReply)).in_use == [1, 2]
+            finally:
+                go_on.set()
+            await w.until(lambda: installed(w, 2))
+            assert updates(w.engines[0]) == ["0", "2"]
+
+    run_async(scenario())
+
+
+def test_damaged_version_that_nobody_wants_any_more_is_passed_over(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        begun, go_on = threading.Event(), threading.Event()
+
+        def verify(path: Path) -> None:
+            if path.name == "1":
+                begun.set()
+                assert go_on.wait(20)
+                raise PublishError(f"{path} has no readable manifest.")
+
+        async with world(tmp_path, verify=verify) as w:
+            await w.trainer.attach()
+            await w.trainer.publish(0)
+            await w.until(lambda: installed(w, 0))
+            await w.trainer.publish(1)
+            assert await asyncio.to_thread(begun.wait, 20)
+            await w.trainer.publish(2)
+            go_on.set()
+            await w.until(lambda: installed(w, 2) or w.controller.failure is not None)
+            assert w.controller.failure is None
+            assert updates(w.engines[0]) == ["0", "2"]
 
     run_async(scenario())
 
