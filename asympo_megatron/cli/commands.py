@@ -3,6 +3,8 @@
 import argparse
 import asyncio
 import logging
+import os
+import time
 from typing import TYPE_CHECKING
 
 from asympo_megatron.config import Config, RunDir, load_config
@@ -25,7 +27,9 @@ def train(arguments: argparse.Namespace) -> int:
     from asympo_megatron.launch.children import die_with_parent
     from asympo_megatron.trainer.run import train as train_run
 
-    die_with_parent()
+    # torchrun that is killed leaves its ranks behind. `asympo run` asks at the fork; a hand-started trainer lives on.
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_parent()
     train_run(_load(arguments))
     return 0
 
@@ -63,7 +67,7 @@ async def _control(config: Config, task: "Task | None", scorer: "Scorer | None")
 
 def engine(arguments: argparse.Namespace) -> int:
     from asympo_megatron.engine import EngineOptions, serve
-    from asympo_megatron.launch.engines import context_length
+    from asympo_megatron.launch.engines import context_length, engine_seed
     from asympo_megatron.tasks import prepare_model_dir
 
     config = _load(arguments)
@@ -79,7 +83,7 @@ def engine(arguments: argparse.Namespace) -> int:
             max_running_requests=rollout.max_in_flight_per_engine,
             context_length=context_length(config),
             dtype=config.model.dtype,
-            seed=config.run.seed,
+            seed=engine_seed(config.run.seed, rollout.engine_port, time.time_ns()),
         )
     )
     return 0

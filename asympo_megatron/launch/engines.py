@@ -1,25 +1,73 @@
-"""Commands of the engines that `asympo run` starts on this machine."""
+"""Commands of the roles that `asympo run` starts on this machine."""
 
+import hashlib
+import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from asympo_megatron.config import Config, RunDir
+from asympo_megatron.errors import ConfigError
 
 
-def engine_command(config: Config, model_dir: Path, port: int) -> list[str]:
+def engine_command(config: Config, model_dir: Path, port: int, index: int = 0) -> list[str]:
     """The command line of one local engine.
 
     Engines start on random weights ("dummy"): the first published version reaches them before any prompt does.
+    SGLang reads its key from a file in the run directory, written here: every user can see a command line.
+
+    Args:
+        index: of this engine among ``rollout.num_engines``; each SGLang engine gets GPUs of its own.
     """
     if config.rollout.engine == "embedded":
         return asympo_command("engine", str(RunDir.of(config).config), f"rollout.engine_port={port}")
     command = [config.rollout.engine_python or sys.executable, "-m", "sglang.launch_server"]
+    if config.rollout.engine_api_key:
+        command += ["--config", str(_key_file(RunDir.of(config), config.rollout.engine_api_key))]
     command += ["--model-path", str(model_dir), "--load-format", "dummy"]
     command += ["--host", config.rollout.engine_host, "--port", str(port)]
     command += ["--context-length", str(context_length(config))]
-    if config.rollout.engine_api_key:
-        command += ["--api-key", config.rollout.engine_api_key]
-    return command + list(config.rollout.engine_args)
+    return command + list(config.rollout.engine_args) + _own_gpus(config.rollout.engine_args, index)
+
+
+def engine_seed(run_seed: int, port: int, started_ns: int) -> int:
+    """Seed of an embedded engine's unseeded sampling.
+
+    It differs between engines and between starts of one engine: they must not draw the same responses again. So
+    asynchronous sampling is not reproducible; it never was, for what is batched together depends on timing.
+    """
+    digest = hashlib.sha256(f"{run_seed} {port} {started_ns}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def _key_file(run_dir: RunDir, key: str) -> Path:
+    path = run_dir.path / "engine_key.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)  # an old one may be open to more readers
+    path.touch(mode=0o600)
+    path.write_text(f"api-key: {json.dumps(key)}\n")
+    return path
+
+
+def _own_gpus(arguments: Sequence[str], index: int) -> list[str]:
+    """Engine i starts i tensor-parallel sizes after the first; of an option given twice, SGLang takes the last."""
+    if index == 0:
+        return []
+    first = _number(arguments, ("--base-gpu-id",), default=0)
+    size = _number(arguments, ("--tp-size", "--tensor-parallel-size", "--tp"), default=1)
+    return ["--base-gpu-id", str(first + index * size)]
+
+
+def _number(arguments: Sequence[str], names: tuple[str, ...], default: int) -> int:
+    """The value of an option, as `--name 4` or `--name=4`."""
+    value = str(default)
+    for position, argument in enumerate(arguments):
+        name, equals, text = argument.partition("=")
+        if name in names:
+            value = text if equals else "".join(arguments[position + 1 : position + 2])
+    if not value.isdecimal():
+        raise ConfigError(f"rollout.engine_args: {names[0]} is {value!r}; it must be a number.")
+    return int(value)
 
 
 def context_length(config: Config) -> int:

@@ -102,7 +102,7 @@ def _start_rollout(config: Config, run_dir: RunDir, model_dir: Path, children: C
     if rollout.source == "engines" and not urls:
         for index in range(rollout.num_engines):
             port = free_port(rollout.engine_host)
-            children.start(f"engine{index}", engine_command(config, model_dir, port), _ROLE_ENV)
+            children.start(f"engine{index}", engine_command(config, model_dir, port, index), _ROLE_ENV)
             urls.append(f"http://{rollout.engine_host}:{port}")
     port = rollout.controller_port or free_port(rollout.controller_host)
     where = [f"rollout.controller_port={port}", f"rollout.engine_urls=[{','.join(urls)}]"]
