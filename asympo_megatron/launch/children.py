@@ -46,8 +46,12 @@ class Children:
         self._children: list[Child] = []
 
     def start(self, role: str, command: Sequence[str], env: dict[str, str] | None = None) -> Child:
-        """Start a role; its output goes to logs/ROLE.log, after what is already there."""
+        """Start a role; its output goes to logs/ROLE.log, after what is already there.
+
+        The log is for its owner alone: SGLang prints its arguments, the key included.
+        """
         log = self._logs / f"{role}.log"
+        log.touch(mode=0o600)
         with log.open("ab") as out:
             process = subprocess.Popen(
                 list(command),

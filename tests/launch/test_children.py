@@ -62,6 +62,11 @@ def test_a_killed_child_is_named_by_its_signal(children):
         children.check()
 
 
+def test_a_log_is_for_its_owner_alone(children):
+    child = children.start("engine0", [sys.executable, "-c", "print('api_key=sesame')"])
+    assert child.log.stat().st_mode & 0o077 == 0
+
+
 def test_stop_takes_grandchildren_and_the_deaf(children):
     deaf = textwrap.dedent(
         f"""
