@@ -41,6 +41,8 @@ class Answer:
     versions: list[VersionSpan]
     finish_reason: str
     logprobs: list[float] | None
+    expired: bool = False
+    """The client's own timer ended the request."""
 
 
 class _Finish(msgspec.Struct):

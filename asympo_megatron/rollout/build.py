@@ -211,7 +211,7 @@ def _sync_options(config: Config, backoff_s: float) -> SyncOptions:
         pause_mode=config.sync.pause_mode,
         timeout_s=config.sync.timeout_s,
         start_timeout_s=rollout.engine_start_timeout_s,
-        health_interval_s=rollout.engine_timeout_s / 4,
+        silence_s=rollout.engine_timeout_s,
         backoff_s=backoff_s,
     )
 

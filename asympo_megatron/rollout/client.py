@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Container
+from dataclasses import replace
 from typing import Any
 
 import aiohttp
@@ -67,7 +68,14 @@ class EngineClient:
             EngineLost: no connection, or no answer in time even after an abort.
             EngineError: any other status, or an answer that fails its checks.
         """
-        abort = asyncio.get_running_loop().call_later(self._request_timeout_s, self._abort_soon, request.rid)
+        expired = False
+
+        def expire() -> None:
+            nonlocal expired
+            expired = True
+            self._abort_soon(request.rid)
+
+        timer = asyncio.get_running_loop().call_later(self._request_timeout_s, expire)
         try:
             async with (
                 asyncio.timeout(self._request_timeout_s + self._control_timeout_s),
@@ -80,13 +88,13 @@ class EngineClient:
         except (aiohttp.ClientError, OSError, TimeoutError, RuntimeError) as error:  # RuntimeError: session is closed
             raise EngineLost(f"engine {self.url}: /generate failed ({_describe(error)})") from error
         finally:
-            abort.cancel()
+            timer.cancel()
         if status == 400:
             raise RequestRefused(f"engine {self.url} refused a request: {body[:300].decode(errors='replace')}")
         if status != 200:
             raise EngineError(f"engine {self.url}: /generate answered HTTP {status}: {body[:200]!r}")
         try:
-            return parse_answer(body, request, vocab_size, known)
+            return replace(parse_answer(body, request, vocab_size, known), expired=expired)
         except EngineError as error:
             raise EngineError(f"engine {self.url}: {error}") from error
 
@@ -98,9 +106,9 @@ class EngineClient:
         elif status != 200:
             raise EngineError(f"engine {self.url}: /ready answered HTTP {status}: {body[:200]!r}")
 
-    async def weight_label(self, attempts: int = 1) -> str:
-        """The weight version that the engine reports."""
-        body = await self._control("GET", "/model_info", None, attempts)
+    async def weight_label(self, attempts: int = 1, timeout_s: float | None = None) -> str:
+        """The weight version that the engine reports; ``timeout_s``: of each attempt, by default that of every call."""
+        body = await self._control("GET", "/model_info", None, attempts, timeout_s)
         try:
             return str(msgspec.json.decode(body, type=dict[str, Any])["weight_version"])
         except (msgspec.DecodeError, KeyError) as error:
@@ -125,14 +133,17 @@ class EngineClient:
         if status != 200 or not _success(body):
             raise EngineError(f"engine {self.url} did not load {path}: HTTP {status}: {body[:300]!r}")
 
-    async def _control(self, method: str, path: str, payload: Any, attempts: int = 3) -> bytes:
+    async def _control(
+        self, method: str, path: str, payload: Any, attempts: int = 3, timeout_s: float | None = None
+    ) -> bytes:
         retrying = AsyncRetrying(
             retry=retry_if_exception_type(EngineLost),
             stop=stop_after_attempt(attempts),
             wait=wait_exponential(multiplier=0.05, max=1.0),
             reraise=True,
         )
-        reply: tuple[int, bytes] = await retrying(self._call, method, path, payload, self._control_timeout_s)
+        deadline_s = self._control_timeout_s if timeout_s is None else timeout_s
+        reply: tuple[int, bytes] = await retrying(self._call, method, path, payload, deadline_s)
         status, body = reply
         if status != 200:
             raise EngineError(f"engine {self.url}: {path} answered HTTP {status}: {body[:200]!r}")

@@ -124,6 +124,8 @@ class Requester:
             return None
         if answer.ids:
             engine.answered()
+        elif answer.expired:  # it waited behind others in a busy engine: no fault of the engine
+            log.info("engine %s had not begun %s when rollout.request_timeout_s was over", engine.url, request.rid)
         elif engine.weights == weights and engine.serving:
             self._strike(engine, client, EngineError(f"engine {engine.url} aborts requests without a token"))
         return answer

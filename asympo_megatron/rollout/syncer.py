@@ -35,7 +35,8 @@ class SyncOptions:
         pause_mode: in_place | retract | abort.
         timeout_s: deadline of one engine's sync.
         start_timeout_s: deadline of readiness.
-        health_interval_s: how often a serving engine is asked for its weight version.
+        silence_s: a serving engine that is silent for this long is taken out. It is asked for its weight version after
+            every quarter of this, once, and has the other three quarters to answer.
         backoff_s: pause after the first failure; doubles.
     """
 
@@ -43,7 +44,7 @@ class SyncOptions:
     pause_mode: str
     timeout_s: float
     start_timeout_s: float
-    health_interval_s: float
+    silence_s: float
     backoff_s: float = 0.5
 
 
@@ -156,12 +157,12 @@ class Syncer:
         """Return when other weights are wanted; raise when the engine failed."""
         serving = engine.weights
         changed = await self._bell.until(
-            lambda: engine.failure is not None or self._targets.current != serving, self._options.health_interval_s
+            lambda: engine.failure is not None or self._targets.current != serving, self._options.silence_s / 4
         )
         if engine.failure is not None:
             raise EngineError(str(engine.failure)) from engine.failure
         if not changed and serving is not None:
-            await _check_label(engine, serving)
+            _check_label(engine, serving, await engine.client.weight_label(timeout_s=self._options.silence_s * 3 / 4))
 
     async def _sync(self, engine: Engine, row: VersionRow, *, fresh: bool) -> None:
         started_s = time.monotonic()
@@ -195,7 +196,7 @@ class Syncer:
         await client.update_weights(
             row.path, str(row.version), flush_cache=mode != "in_place", timeout_s=options.timeout_s
         )
-        await _check_label(engine, row)
+        _check_label(engine, row, await client.weight_label(attempts=3))
         await client.resume()
 
     async def _files_good(self, row: VersionRow) -> bool:
@@ -245,8 +246,7 @@ class Syncer:
         self._fleet.set_state(engine, EngineState.EVICTED)
 
 
-async def _check_label(engine: Engine, row: VersionRow) -> None:
-    label = await engine.client.weight_label(attempts=3)
+def _check_label(engine: Engine, row: VersionRow, label: str) -> None:
     if label != str(row.version):
         raise EngineError(
             f"engine {engine.url} reports weight version {label!r}, expected {row.version}: it restarted, or someone "

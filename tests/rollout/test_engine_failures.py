@@ -161,6 +161,34 @@ def test_hung_engine_loses_its_requests(tmp_path: Path) -> None:
     run_async(scenario())
 
 
+def test_hung_engine_is_found_within_engine_timeout_s(tmp_path: Path) -> None:
+    """Silence is counted from the last answer: one question after a quarter of the time, three quarters to answer."""
+
+    async def scenario() -> None:
+        engine = FakeEngine(VOCAB)
+        async with world(tmp_path, small_config(rollout__engine_timeout_s=1.0), [engine]) as w:
+            await w.trainer.attach()
+            await w.trainer.publish(0)
+            held = w.controller.parts.fleet.engines[engine.url]
+            await w.until(lambda: held.serving)
+            silence, asked = asyncio.Event(), []
+
+            async def mute(path: str, body: dict[str, Any]) -> None:
+                asked.append(path)
+                await silence.wait()
+
+            engine._note = mute  # type: ignore[method-assign]
+            loop = asyncio.get_running_loop()
+            begin_s = loop.time()
+            await w.until(lambda: held.state is EngineState.QUARANTINED)
+            assert loop.time() - begin_s < 2.0, "three tries of 1 s each would take 3 s"
+            assert asked.count("/model_info") == 1
+            assert "/model_info failed (TimeoutError)" in held.last_error
+            silence.set()
+
+    run_async(scenario())
+
+
 def test_lost_connection_alone_is_no_failure(tmp_path: Path) -> None:
     async def scenario() -> None:
         engine = FakeEngine(VOCAB)
@@ -194,6 +222,46 @@ def test_slow_request_is_aborted_and_resumed(tmp_path: Path) -> None:
             assert [len(sample.ids) for sample in samples] == [7] * 4
             resumed = [body for body in engine.requests if body["rid"].endswith(".0001.")]
             assert sorted(len(body["input_ids"]) for body in resumed) == [6] * 4
+
+    run_async(scenario())
+
+
+def test_requests_that_expire_in_a_full_queue_are_no_failure(tmp_path: Path) -> None:
+    """16 requests wait inside an engine and run out of time together, without a token."""
+
+    async def scenario() -> None:
+        engine = FakeEngine(VOCAB)
+        first: list[str] = []
+
+        def hold(body: dict[str, Any]) -> int | None:
+            first.append(body["rid"])
+            return 0 if len(first) <= 16 else None
+
+        engine.hold(hold)
+        config = small_config(rollout__request_timeout_s=0.2, rollout__max_lag_steps=3)
+        async with world(tmp_path, config, [engine]) as w:
+            await w.trainer.attach()
+            await w.trainer.publish(0)
+            for step in range(4):
+                assert (await w.trainer.lease(step)).ready
+            assert sorted(rid[-6:] for rid in first) == [".0000."] * 16 + [".0001."] * 16
+            held = w.controller.parts.fleet.engines[engine.url]
+            assert (held.last_error, held.strikes) == ("", 0)
+            assert [path for path, _ in engine.calls].count("/update_weights_from_disk") == 1, "not quarantined"
+
+    run_async(scenario())
+
+
+def test_aborts_without_a_token_that_nobody_asked_for_are_a_failure(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        engine = FakeEngine(VOCAB)
+        for _ in range(8):
+            engine.misbehave(changed(output_ids=[], meta__weight_versions=[], meta__finish_reason={"type": "abort"}))
+        async with world(tmp_path, engines=[engine]) as w:
+            await w.trainer.attach()
+            await w.trainer.publish(0)
+            assert (await w.trainer.lease(0)).ready
+            assert "aborts requests without a token" in w.controller.parts.fleet.engines[engine.url].last_error
 
     run_async(scenario())
 
