@@ -68,3 +68,8 @@ def compute_advantages(rewards: Sequence[float], estimator: str) -> list[float]:
         if min(rewards) == max(rewards):
             return [0.0] * len(rewards)
     return ESTIMATORS[estimator](rewards)
+
+
+def min_responses(estimator: str) -> int:
+    """Responses that a group must have for the estimator to compare anything."""
+    return 1 if estimator == "none" else 2

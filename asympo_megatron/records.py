@@ -49,8 +49,16 @@ class Group(msgspec.Struct, frozen=True):
     prompt_index: int = -1
 
 
-def read_groups(path: str | Path) -> Iterator[Group]:
+def read_groups(
+    path: str | Path, *, min_responses: int = 1, max_tokens: int | None = None, behavior_logprobs: bool = False
+) -> Iterator[Group]:
     """Yield the groups of a replay file in order, numbered from 0.
+
+    Args:
+        path: JSON lines, one group a line.
+        min_responses: of every group; a group-relative advantage needs 2.
+        max_tokens: of prompt and response together; None: any number.
+        behavior_logprobs: whether every response must carry them.
 
     Raises:
         RecordError: the file is missing, or a line is malformed (the message names the line and the field).
@@ -64,6 +72,7 @@ def read_groups(path: str | Path) -> Iterator[Group]:
             try:
                 group = decoder.decode(line)
                 check_group(group)
+                _check_use(group, min_responses, max_tokens, behavior_logprobs)
             except (msgspec.DecodeError, RecordError) as error:
                 raise RecordError(f"{path}, group {number}: {error}") from error
             yield msgspec.structs.replace(group, group_id=number)
@@ -75,6 +84,27 @@ def write_groups(path: str | Path, groups: Iterator[Group] | list[Group]) -> Non
     with Path(path).open("wb") as out:
         for group in groups:
             out.write(encoder.encode(group) + b"\n")
+
+
+def _check_use(group: Group, min_responses: int, max_tokens: int | None, behavior_logprobs: bool) -> None:
+    """What this run needs of a group that is well-formed in itself."""
+    if len(group.responses) < min_responses:
+        raise RecordError(
+            f"{len(group.responses)} response(s), but advantage.estimator compares at least {min_responses}. "
+            "Remove the group, or set advantage.estimator=none."
+        )
+    for row, response in enumerate(group.responses):
+        size = len(group.prompt_ids) + len(response.ids)
+        if max_tokens is not None and size > max_tokens:
+            raise RecordError(
+                f"response {row} has {size} tokens with its prompt; batch.max_tokens_per_microbatch is {max_tokens}. "
+                "Raise it, or remove the response."
+            )
+        if behavior_logprobs and response.behavior_logprobs is None:
+            raise RecordError(
+                f"response {row} has no behavior_logprobs, which the objective needs. Record them, or use an objective "
+                "that reads the current policy only: asympo, spo, reinforce."
+            )
 
 
 def check_group(group: Group) -> None:

@@ -8,10 +8,10 @@ One role dying stops all with its last words and a non-zero exit; Ctrl-C and SIG
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from asympo_megatron.config import Config, RunDir, warm_start_config
+from asympo_megatron.config import Config, RunDir, data_hash, load_config, warm_start_config
 from asympo_megatron.errors import ConfigError
 from asympo_megatron.launch.children import Child, ChildDiedError, Children, death_notice
 from asympo_megatron.launch.engines import asympo_command, engine_command, trainer_command
@@ -45,12 +45,11 @@ def run_local(config: Config, say: Callable[[str], None]) -> Path:
         preflight(first)
     lock = RunLock(run_dir)
     try:
-        if first is not None:
-            config.model.init = str(_warm_start(first, say))
+        overrides = [] if first is None else [f"model.init={_warm_start(first, say)}"]
         run_dir.create(config)
         model_dir = prepare_model_dir(config, run_dir.path)
         with _sigterm_as_interrupt():
-            _run_roles(config, run_dir, model_dir, say)
+            _run_roles(config, run_dir, model_dir, say, overrides)
     finally:
         lock.release()
     return run_dir.path
@@ -71,22 +70,44 @@ def preflight(config: Config) -> None:
 
 
 def _warm_start(config: Config, say: Callable[[str], None]) -> Path:
-    """Complete the run that comes first; returns its checkpoints. Already complete: nothing is done."""
+    """Complete the run that comes first; returns its checkpoints. Already complete: nothing is done.
+
+    Raises:
+        ConfigError: a warm start with other options lies there.
+    """
     run_dir = RunDir.of(config)
+    if run_dir.config.is_file() and _decides_weights(load_config(run_dir.config)) != _decides_weights(config):
+        raise ConfigError(
+            f"{run_dir.path} holds a warm start made with other options. Set run.name to a new run, or remove "
+            f"{run_dir.path.parent}."
+        )
     if not run_dir.checkpoint(config.run.steps).is_dir():
         say(f"warm start: {config.run.steps} supervised steps ({run_dir.path})")
         run_dir.create(config)
         with _sigterm_as_interrupt():
-            _run_roles(config, run_dir, prepare_model_dir(config, run_dir.path), say)
+            _run_roles(config, run_dir, prepare_model_dir(config, run_dir.path), say, [])
     return run_dir.checkpoints
 
 
-def _run_roles(config: Config, run_dir: RunDir, model_dir: Path, say: Callable[[str], None]) -> None:
+def _decides_weights(config: Config) -> tuple[object, ...]:
+    """What a warm start's weights depend on."""
+    return (
+        data_hash(config),
+        config.model,
+        config.optimizer,
+        config.objective,
+        config.run.steps,
+        config.rollout.label_noise,
+    )
+
+
+def _run_roles(
+    config: Config, run_dir: RunDir, model_dir: Path, say: Callable[[str], None], overrides: Sequence[str]
+) -> None:
     children = Children(run_dir.logs)
     try:
-        overrides = (
-            [] if config.rollout.source == "supervised" else _start_rollout(config, run_dir, model_dir, children)
-        )
+        if config.rollout.source != "supervised":
+            overrides = [*overrides, *_start_rollout(config, run_dir, model_dir, children)]
         trainer = children.start("trainer", trainer_command(config, *overrides), _ROLE_ENV)
         with RunConsole(config, run_dir.path) as console:
             _watch(children, trainer, console)

@@ -66,6 +66,8 @@ def load(learner: "Learner", directory: Path, *, weights_only: bool) -> None:
     """
     marker = read_marker(directory)
     _check_model(marker, learner, directory)
+    if not weights_only:
+        _check_data(marker, learner, directory)
     state = _state(learner, loading=True, weights_only=weights_only, same_layout=marker["layout"] == _layout(learner))
     try:
         loaded = dist_checkpointing.load(state, str(directory))
@@ -174,6 +176,15 @@ def _check_model(marker: dict[str, Any], learner: "Learner", directory: Path) ->
                 f"checkpoint {directory} holds a model with {name}={saved.get(name)}, this run has {name}={value}. "
                 "Set model.path or model.hf to the model of the checkpoint."
             )
+
+
+def _check_data(marker: dict[str, Any], learner: "Learner", directory: Path) -> None:
+    """A run goes on with the data it began with; other data may start anew from its weights."""
+    if marker["data_hash"] != data_hash(learner.config):
+        raise CheckpointError(
+            f"checkpoint {directory} belongs to a run on other data (task, batch, sampling, replay or seed changed). "
+            f"Set run.name to a new run; model.init={directory} starts it from these weights."
+        )
 
 
 def _last_line(error: BaseException) -> str:

@@ -3,6 +3,7 @@
 import logging
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch.distributed as dist
@@ -78,13 +79,20 @@ class Checkpoints:
         return complete[-self._keep_last :][0]
 
     @staticmethod
-    def _from_rank0(call) -> int:  # type: ignore[no-untyped-def]
-        """One rank looks at the file system, all ranks hear what it saw."""
-        if not dist.is_initialized() or dist.get_world_size() == 1:
-            return call()
-        box = [call() if dist.get_rank() == 0 else 0]
-        dist.broadcast_object_list(box, src=0)
-        return box[0]
+    def _from_rank0(call: Callable[[], int]) -> int:
+        """One rank works on the file system, all ranks hear the result, or raise its error together."""
+        box: list[tuple[int, str]] = [(0, "")]
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            try:
+                box = [(call(), "")]
+            except OSError as error:
+                box = [(0, str(error) or type(error).__name__)]
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.broadcast_object_list(box, src=0)
+        result, problem = box[0]
+        if problem:
+            raise CheckpointError(problem)
+        return result
 
 
 def _steps(root: Path) -> list[tuple[int, Path]]:

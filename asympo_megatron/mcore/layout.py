@@ -21,9 +21,6 @@ class Layout:
         groups: what objectives and reductions need; None stands for a group of one.
         rank, world_size: of torch.distributed.
         dp_rank, dp_size: which model replica this rank belongs to, of how many.
-        is_replica_source: True on the first rank of a replica, the one that fetches its tokens.
-        replica_group: all ranks of this replica (TP x PP x CP), or None if it is one rank.
-        reports: True on the one rank that writes metrics.
         pad_multiple: packed sequences are padded to a multiple of this (zigzag chunks, sequence parallelism).
         device: where tensors of this rank live.
     """
@@ -33,9 +30,6 @@ class Layout:
     world_size: int
     dp_rank: int
     dp_size: int
-    is_replica_source: bool
-    replica_group: dist.ProcessGroup | None
-    reports: bool
     pad_multiple: int
     device: torch.device
 
@@ -52,7 +46,7 @@ def initialize(config: Config) -> Layout:
     from megatron.core import parallel_state, tensor_parallel
 
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    replica_size = _check_world_size(config, world_size)
+    _check_world_size(config, world_size)
     device = _join(world_size)
     parallel = config.parallel
     parallel_state.initialize_model_parallel(
@@ -66,7 +60,7 @@ def initialize(config: Config) -> Layout:
         # Indexed accumulation adds in thread order otherwise; resuming is bit for bit here.
         torch.set_deterministic_debug_mode("error")
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    return _layout(config, replica_size, device)
+    return _layout(config, device)
 
 
 def shutdown() -> None:
@@ -81,7 +75,7 @@ def shutdown() -> None:
     cpu.leave()
 
 
-def _check_world_size(config: Config, world_size: int) -> int:
+def _check_world_size(config: Config, world_size: int) -> None:
     parallel = config.parallel
     if parallel.expert > 1:
         raise ConfigError(
@@ -94,7 +88,6 @@ def _check_world_size(config: Config, world_size: int) -> int:
             f"parallel.pipeline={parallel.pipeline} x parallel.context={parallel.context} = {replica_size} ranks. "
             f"Start a multiple of {replica_size} (torchrun --nproc-per-node), or lower one of the three."
         )
-    return replica_size
 
 
 def _join(world_size: int) -> torch.device:
@@ -111,12 +104,11 @@ def _join(world_size: int) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
 
 
-def _layout(config: Config, replica_size: int, device: torch.device) -> Layout:
+def _layout(config: Config, device: torch.device) -> Layout:
     from megatron.core import parallel_state as state
 
     rank, world_size = dist.get_rank(), dist.get_world_size()
     dp_rank, dp_size = state.get_data_parallel_rank(), state.get_data_parallel_world_size()
-    replica_group, is_source = _replica_group(rank, world_size, dp_rank, replica_size)
     parallel = config.parallel
     return Layout(
         groups=ParallelGroups(
@@ -129,31 +121,10 @@ def _layout(config: Config, replica_size: int, device: torch.device) -> Layout:
         world_size=world_size,
         dp_rank=dp_rank,
         dp_size=dp_size,
-        is_replica_source=is_source,
-        replica_group=replica_group,
-        reports=rank == 0,
         pad_multiple=(2 * parallel.context if parallel.context > 1 else 1)
         * (parallel.tensor if parallel.sequence else 1),
         device=device,
     )
-
-
-def _replica_group(
-    rank: int, world_size: int, dp_rank: int, replica_size: int
-) -> tuple[dist.ProcessGroup | None, bool]:
-    """The group of ranks with one ``dp_rank``; Megatron has TP x PP and TP x CP, but not the three together."""
-    if replica_size == 1:
-        return None, True
-    dp_rank_of: list[int] = [0] * world_size
-    dist.all_gather_object(dp_rank_of, dp_rank)
-    mine: dist.ProcessGroup | None = None
-    first = rank
-    for replica in sorted(set(dp_rank_of)):
-        members = [other for other in range(world_size) if dp_rank_of[other] == replica]
-        group = dist.new_group(members)
-        if replica == dp_rank:
-            mine, first = group, members[0]
-    return mine, first == rank
 
 
 def _unless_alone(group: dist.ProcessGroup) -> dist.ProcessGroup | None:

@@ -54,6 +54,8 @@ def encode_row(row: Mapping[str, Any]) -> bytes:
 def read_rows(path: str | Path) -> list[Row]:
     """The rows of a run by step, one a step: the last that was written. A missing file has none.
 
+    A trainer that was replaced may still write: its rows do not count against those of a later incarnation.
+
     A line that was torn by a crash is left out.
 
     Raises:
@@ -66,7 +68,7 @@ def read_rows(path: str | Path) -> list[Row]:
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             row = decode_line(line, f"{path}, line {number}")
-            if row is not None:
+            if row is not None and row.get("incarnation", 0) >= rows.get(row["step"], {}).get("incarnation", 0):
                 rows[row["step"]] = row
     return [rows[step] for step in sorted(rows)]
 

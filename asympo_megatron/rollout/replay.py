@@ -4,7 +4,7 @@ from pathlib import Path
 
 import msgspec
 
-from asympo_megatron.advantages import compute_advantages
+from asympo_megatron.advantages import compute_advantages, min_responses
 from asympo_megatron.config import Config
 from asympo_megatron.errors import RecordError
 from asympo_megatron.records import Group, read_groups
@@ -27,7 +27,16 @@ class ReplaySampler:
 
     def __init__(self, config: Config, ledger: Ledger, rule: LagRule, bell: Bell) -> None:
         path = Path(config.rollout.replay or "")
-        self._groups = [_without_versions(group) for group in read_groups(path)]
+        from asympo_megatron.objectives import build_objective  # imports torch, which other controllers do without
+
+        objective = build_objective(config.objective.name, **config.objective.options)
+        recorded = read_groups(
+            path,
+            min_responses=min_responses(config.advantage.estimator),
+            max_tokens=config.batch.max_tokens_per_microbatch,
+            behavior_logprobs="behavior_logprob_T" in objective.needs,
+        )
+        self._groups = [_without_versions(group) for group in recorded]
         if not self._groups:
             raise RecordError(f"replay file {path} holds no group. Set rollout.replay to a JSONL file of groups.")
         self._config, self._ledger, self._rule, self._bell = config, ledger, rule, bell

@@ -40,13 +40,8 @@ class ControllerClient:
         return self._call("/attach", request, protocol.AttachReply)
 
     def lease(self, incarnation: int, step: int) -> protocol.LeaseReply:
-        """The manifest of ``step``; blocks until the batch is complete."""
-        figures: list[protocol.Evaluation] = []
-        while True:
-            reply = self._call("/lease", protocol.LeaseRequest(incarnation, step, _POLL_S), protocol.LeaseReply)
-            figures += reply.evaluations
-            if reply.ready:
-                return msgspec.structs.replace(reply, evaluations=figures)
+        """The manifest of ``step``, or after some seconds word that the batch is not complete: then ask again."""
+        return self._call("/lease", protocol.LeaseRequest(incarnation, step, _POLL_S), protocol.LeaseReply)
 
     def payload(self, request: protocol.PayloadRequest) -> list[protocol.Sample]:
         return self._call("/payload", request, protocol.PayloadReply).samples
@@ -60,14 +55,9 @@ class ControllerClient:
     def commit(self, request: protocol.CommitRequest) -> None:
         self._call("/commit", request, dict)
 
-    def finish(self, incarnation: int, step: int) -> list[protocol.Evaluation]:
-        """Say that training is over; returns the last evaluations when they are done."""
-        figures: list[protocol.Evaluation] = []
-        while True:
-            reply = self._call("/finish", protocol.FinishRequest(incarnation, step, _POLL_S), protocol.FinishReply)
-            figures += reply.evaluations
-            if reply.done:
-                return figures
+    def finish(self, incarnation: int, step: int) -> protocol.FinishReply:
+        """Say that training is over; ask again until the last evaluations are done."""
+        return self._call("/finish", protocol.FinishRequest(incarnation, step, _POLL_S), protocol.FinishReply)
 
     def _call(self, path: str, request: object, kind: type[Reply]) -> Reply:
         retrying = Retrying(

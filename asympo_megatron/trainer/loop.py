@@ -88,6 +88,7 @@ class TrainingLoop:
         return step == self._config.run.steps or (interval > 0 and step % interval == 0)
 
     def _checkpoint(self) -> None:
+        self._source.fence()
         oldest_step = self._checkpoints.save(self._learner)
         self._source.commit(self._learner.step_count, oldest_step)
 

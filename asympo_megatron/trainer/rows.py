@@ -1,11 +1,14 @@
 """metrics.jsonl: one row a step, from the learner's figures, the lease and the clock."""
 
+import logging
 import time
 from collections import Counter
 from typing import Any
 
 from asympo_megatron import protocol
 from asympo_megatron.metrics import MetricsWriter, Sink, read_rows
+
+log = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 _REMEMBERED = 256
@@ -78,8 +81,12 @@ class MetricsRows:
         while len(self._recent) > _REMEMBERED:
             self._recent.pop(next(iter(self._recent)))
         self._writer.write(row)
-        for sink in self._sinks:
-            sink.write(row)
+        for sink in list(self._sinks):
+            try:
+                sink.write(row)
+            except Exception:  # a tracker's server may be down for an hour; metrics.jsonl has every row
+                log.exception("%s failed and is left out from now on", type(sink).__name__)
+                self._sinks.remove(sink)
 
 
 def lag_figures(responses: list[protocol.LeasedResponse]) -> Row:

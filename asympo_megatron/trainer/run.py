@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from asympo_megatron.config import Config, RunDir
-from asympo_megatron.errors import ConfigError
+from asympo_megatron.errors import AsympoError, ConfigError
 from asympo_megatron.mcore import Checkpoints, Layout, Learner, initialize, shutdown
 from asympo_megatron.metrics import MetricsWriter, open_sinks
-from asympo_megatron.objectives import build_objective
+from asympo_megatron.objectives import Objective, build_objective
 from asympo_megatron.tasks import load_task, prepare_model_dir
 from asympo_megatron.trainer.client import ControllerClient
 from asympo_megatron.trainer.exchange import Exchange
@@ -32,11 +32,13 @@ def train(config: Config) -> None:
     try:
         exchange = Exchange(layout.rank, layout.world_size, layout.dp_rank)
         model_dir = Path(exchange.from_rank0(lambda: str(_prepare(config, run_dir)), str))
-        learner = _learner(config, layout, model_dir)
+        objective = build_objective(config.objective.name, **config.objective.options)
+        learner = _learner(config, layout, objective, model_dir)
         checkpoints = Checkpoints(run_dir.checkpoints, config.checkpoint.keep_last)
         _load_weights(config, learner, checkpoints)
-        source, publisher = _source(config, exchange, run_dir, model_dir)
-        TrainingLoop(config, learner, layout, source, publisher, checkpoints, _rows(config, layout, run_dir)).run()
+        source, publisher = _source(config, objective, exchange, run_dir, model_dir)
+        rows = _rows(config, exchange, run_dir)
+        TrainingLoop(config, learner, layout, source, publisher, checkpoints, rows).run()
     finally:
         shutdown()
 
@@ -48,15 +50,19 @@ def _prepare(config: Config, run_dir: RunDir) -> Path:
     return prepare_model_dir(config, run_dir.path)
 
 
-def _learner(config: Config, layout: Layout, model_dir: Path) -> Learner:
-    objective = build_objective(config.objective.name, **config.objective.options)
+def _learner(config: Config, layout: Layout, objective: Objective, model_dir: Path) -> Learner:
     hf_config: dict[str, Any] = json.loads((model_dir / "config.json").read_text())
     return Learner(config, hf_config, objective, layout)
 
 
 def _load_weights(config: Config, learner: Learner, checkpoints: Checkpoints) -> None:
     """Resume this run, or start it from what model.init names."""
-    newest = checkpoints.newest() if config.checkpoint.resume else None
+    newest = checkpoints.newest()
+    if newest is not None and not config.checkpoint.resume:
+        raise ConfigError(
+            f"checkpoint.resume is false, but {checkpoints.root} holds an earlier run's checkpoints. "
+            "Set run.name to a new run, or remove that directory."
+        )
     if newest is not None:
         learner.load(newest)
         log.info("resumed from %s at step %d", newest, learner.step_count)
@@ -69,7 +75,9 @@ def _load_weights(config: Config, learner: Learner, checkpoints: Checkpoints) ->
         learner.load(Checkpoints.find(Path(config.model.init)), weights_only=True)
 
 
-def _source(config: Config, exchange: Exchange, run_dir: RunDir, model_dir: Path) -> tuple[Source, Publisher | None]:
+def _source(
+    config: Config, objective: Objective, exchange: Exchange, run_dir: RunDir, model_dir: Path
+) -> tuple[Source, Publisher | None]:
     rollout = config.rollout
     if rollout.controller_url:
         client = ControllerClient(rollout.controller_url, rollout.controller_token, rollout.engine_start_timeout_s)
@@ -83,10 +91,15 @@ def _source(config: Config, exchange: Exchange, run_dir: RunDir, model_dir: Path
             "On one machine `asympo run` starts both."
         )
     task = load_task(config, model_dir) if rollout.source == "supervised" else None
-    return LocalSource(config, task), None
+    return LocalSource(config, objective, task), None
 
 
-def _rows(config: Config, layout: Layout, run_dir: RunDir) -> MetricsRows:
-    if layout.rank != 0:
-        return MetricsRows(None, [])
-    return MetricsRows(MetricsWriter(run_dir.metrics), open_sinks(config, run_dir.path))
+def _rows(config: Config, exchange: Exchange, run_dir: RunDir) -> MetricsRows:
+    rows, problem = MetricsRows(None, []), None
+    if exchange.rank == 0:
+        try:
+            rows = MetricsRows(MetricsWriter(run_dir.metrics), open_sinks(config, run_dir.path))
+        except AsympoError as error:
+            problem = error
+    exchange.agree(problem)
+    return rows

@@ -2,10 +2,13 @@
 
 from typing import Protocol
 
+import msgspec
+
 from asympo_megatron import protocol
-from asympo_megatron.advantages import compute_advantages
+from asympo_megatron.advantages import compute_advantages, min_responses
 from asympo_megatron.config import Config, data_hash
 from asympo_megatron.errors import RecordError
+from asympo_megatron.objectives import Objective
 from asympo_megatron.records import Group, read_groups
 from asympo_megatron.tasks import Task, supervised_groups
 from asympo_megatron.trainer.client import ControllerClient
@@ -15,7 +18,11 @@ Rows = list[tuple[int, int]]
 
 
 class Source(Protocol):
-    """attach -> lease(s) -> samples(s) ... commit(s) -> finish. Collective: every rank makes every call."""
+    """attach -> lease(s) -> samples(s) ... fence -> commit(s) -> finish. Collective: every rank makes every call.
+
+    ``fence`` raises StaleIncarnationError where another trainer has taken the run over: it comes before anything is
+    written that a replacement reads.
+    """
 
     incarnation: int
 
@@ -24,6 +31,8 @@ class Source(Protocol):
     def lease(self, step: int) -> protocol.LeaseReply: ...
 
     def samples(self, step: int, rows: Rows) -> list[protocol.Sample]: ...
+
+    def fence(self) -> None: ...
 
     def commit(self, step: int, oldest_step: int) -> None: ...
 
@@ -41,9 +50,20 @@ class ControllerSource:
         request = protocol.AttachRequest(self._config.run.name, data_hash(self._config), resumed_step)
         reply = self._exchange.from_rank0(lambda: self._client.attach(request), protocol.AttachReply)
         self.incarnation = reply.incarnation
+        self._fence = protocol.CommitRequest(self.incarnation, resumed_step, oldest_step=0)
+
+    def fence(self) -> None:
+        """A repeated commit changes nothing, and is refused once a replacement has attached."""
+        self._exchange.from_rank0(lambda: self._client.commit(self._fence), None)
 
     def lease(self, step: int) -> protocol.LeaseReply:
-        return self._exchange.from_rank0(lambda: self._client.lease(self.incarnation, step), protocol.LeaseReply)
+        """Blocks until the batch is complete. Every poll is shared: a rank that waits longer runs into a time-out."""
+        figures: list[protocol.Evaluation] = []
+        while True:
+            reply = self._exchange.from_rank0(lambda: self._client.lease(self.incarnation, step), protocol.LeaseReply)
+            figures += reply.evaluations
+            if reply.ready:
+                return msgspec.structs.replace(reply, evaluations=figures)
 
     def samples(self, step: int, rows: Rows) -> list[protocol.Sample]:
         request = protocol.PayloadRequest(self.incarnation, step, rows)
@@ -54,7 +74,12 @@ class ControllerSource:
         self._exchange.from_rank0(lambda: self._client.commit(request), None)
 
     def finish(self, step: int) -> list[protocol.Evaluation]:
-        return self._exchange.from_rank0(lambda: self._client.finish(self.incarnation, step), list[protocol.Evaluation])
+        figures: list[protocol.Evaluation] = []
+        while True:
+            reply = self._exchange.from_rank0(lambda: self._client.finish(self.incarnation, step), protocol.FinishReply)
+            figures += reply.evaluations
+            if reply.done:
+                return figures
 
 
 class LocalSource:
@@ -63,13 +88,20 @@ class LocalSource:
     Everything is a function of the step, so a resumed run sees the same groups.
     """
 
-    def __init__(self, config: Config, task: Task | None) -> None:
+    def __init__(self, config: Config, objective: Objective, task: Task | None) -> None:
         self._config = config
         self._task = task
         self._replay: list[Group] = []
         if config.rollout.source == "replay":
             assert config.rollout.replay is not None  # validate() saw to it
-            self._replay = list(read_groups(config.rollout.replay))
+            self._replay = list(
+                read_groups(
+                    config.rollout.replay,
+                    min_responses=min_responses(config.advantage.estimator),
+                    max_tokens=config.batch.max_tokens_per_microbatch,
+                    behavior_logprobs="behavior_logprob_T" in objective.needs,
+                )
+            )
             if not self._replay:
                 raise RecordError(f"replay file {config.rollout.replay} holds no group.")
         self._groups: dict[int, Group] = {}
@@ -87,6 +119,9 @@ class LocalSource:
 
     def samples(self, step: int, rows: Rows) -> list[protocol.Sample]:
         return [sample_of(self._groups[group_id], row) for group_id, row in rows]
+
+    def fence(self) -> None:
+        """Nobody leases from a file."""
 
     def commit(self, step: int, oldest_step: int) -> None:
         """The file is the journal."""

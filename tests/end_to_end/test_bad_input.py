@@ -75,7 +75,7 @@ def replay(path, ids):
     ("ids", "words"),
     [
         ([9, 100_000], ["100000", "vocab"]),
-        ([5] * 200, ["max_tokens_per_microbatch", "128"]),
+        ([5] * 200, ["group 0", "response 0 has 202 tokens", "max_tokens_per_microbatch is 128"]),
     ],
 )
 def test_replayed_groups_that_cannot_be_trained(bench, ids, words):
@@ -85,6 +85,37 @@ def test_replayed_groups_that_cannot_be_trained(bench, ids, words):
     assert all(word in output for word in words), output[-2000:]
     assert "Traceback" not in output
     assert bench.rows(name) == []
+
+
+def test_the_whole_replay_file_is_checked_before_the_first_step(bench):
+    good, alone = Group([3], [Response([4], [1], 1.0)] * 2), Group([3], [Response([4], [1], 1.0)])
+    write_groups(bench.path / "uneven.jsonl", [good] * 8 + [alone])
+    option = f"rollout.replay={bench.path / 'uneven.jsonl'}"
+    output = bench.run("train", str(bench.config), "run.name=uneven", option, code=EXIT_BAD_INPUT)
+    assert "group 8: 1 response(s)" in output
+    assert "advantage.estimator=none" in output
+    output = bench.run(
+        "train",
+        str(bench.config),
+        "run.name=uneven",
+        option,
+        "objective.name=grpo",
+        "advantage.estimator=none",
+        code=EXIT_BAD_INPUT,
+    )
+    assert "group 0: response 0 has no behavior_logprobs" in output
+    assert bench.rows("uneven") == []
+
+
+def test_resume_false_never_touches_an_earlier_run(bench):
+    options = ["run.name=again", "run.steps=2"]
+    bench.run("train", str(bench.config), *options)
+    before = bench.checksums("again")
+    output = bench.run("train", str(bench.config), *options, "checkpoint.resume=false", code=EXIT_BAD_INPUT)
+    assert "Set run.name to a new run" in output
+    output = bench.run("train", str(bench.config), *options, "run.steps=3", "run.seed=5", code=EXIT_FAILED)
+    assert "belongs to a run on other data" in output
+    assert bench.checksums("again") == before
 
 
 def test_a_trainer_without_a_controller_says_how_to_get_one(bench):

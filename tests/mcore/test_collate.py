@@ -17,9 +17,6 @@ LAYOUT = Layout(
     world_size=1,
     dp_rank=0,
     dp_size=1,
-    is_replica_source=True,
-    replica_group=None,
-    reports=True,
     pad_multiple=1,
     device=torch.device("cpu"),
 )

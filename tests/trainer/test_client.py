@@ -8,8 +8,11 @@ import msgspec
 import pytest
 
 from asympo_megatron import protocol
+from asympo_megatron.config import load_config
 from asympo_megatron.errors import ConfigError, ControllerError, JournalError, StaleIncarnationError
 from asympo_megatron.trainer.client import ControllerClient
+from asympo_megatron.trainer.exchange import Exchange
+from asympo_megatron.trainer.sources import ControllerSource
 
 
 class Script(http.server.ThreadingHTTPServer):
@@ -59,17 +62,45 @@ def evaluation(step):
     return protocol.Evaluation(step, step + 1, 0.5, 8, 3.0, 0.1)
 
 
+def source_of(client):
+    source = ControllerSource(load_config("quickstart"), client, Exchange(0, 1, 0))
+    source.incarnation = 7
+    return source
+
+
 def test_lease_polls_until_ready_and_keeps_every_evaluation(script):
     script.answers = [
         (200, protocol.LeaseReply(False, 3, evaluations=[evaluation(1)])),
         (200, protocol.LeaseReply(True, 3, metrics={"reward/mean": 0.25}, evaluations=[evaluation(2)])),
     ]
-    reply = ControllerClient(script.url, token="secret").lease(7, 3)
+    reply = source_of(ControllerClient(script.url, token="secret")).lease(3)
     assert [e.step for e in reply.evaluations] == [1, 2]
     assert reply.metrics == {"reward/mean": 0.25}
     assert [(path, body["incarnation"], body["step"], auth) for path, body, auth in script.calls] == [
         ("/lease", 7, 3, "Bearer secret")
     ] * 2
+
+
+def test_finish_polls_until_the_last_evaluation(script):
+    script.answers = [
+        (200, protocol.FinishReply(False, [evaluation(4)])),
+        (200, protocol.FinishReply(True, [evaluation(5)])),
+    ]
+    assert [e.step for e in source_of(ControllerClient(script.url)).finish(5)] == [4, 5]
+
+
+def test_the_fence_refuses_a_replaced_trainer(script):
+    script.answers = [
+        (200, protocol.AttachReply(3)),
+        (200, {}),
+        (409, protocol.ErrorReply("StaleIncarnationError", "incarnation 4 has attached")),
+    ]
+    source = source_of(ControllerClient(script.url))
+    source.attach(6)
+    source.fence()
+    with pytest.raises(StaleIncarnationError, match="incarnation 4"):
+        source.fence()
+    assert script.calls[1][1] == {"incarnation": 3, "step": 6, "oldest_step": 0}  # commits nothing that attach did not
 
 
 def test_a_dropped_connection_is_tried_again(script):

@@ -56,6 +56,35 @@ def test_a_resumed_run_keeps_earlier_rows_and_its_clock(written):
     assert found[2]["time_s"] >= before
 
 
+def test_a_late_row_of_a_replaced_trainer_does_not_count(written):
+    new, old = MetricsRows(MetricsWriter(written), []), MetricsRows(MetricsWriter(written), [])
+    old.start(1, 1)
+    new.start(2, 1)
+    new.write(2, lease(1, [0]), {"J": 0.5}, "new", LAPS)
+    old.write(2, lease(1, [0]), {"J": 0.25}, "old", LAPS)
+    assert read_rows(written)[2]["train/weights_checksum"] == "new"
+
+
+def test_a_failing_sink_is_left_out_and_the_file_goes_on(tmp_path):
+    class Broken:
+        calls = 0
+
+        def write(self, row):
+            self.calls += 1
+            raise ConnectionError("tracker is down")
+
+        def close(self):
+            raise AssertionError("not ours any more")
+
+    sink = Broken()
+    rows = MetricsRows(MetricsWriter(tmp_path / "metrics.jsonl"), [sink])
+    rows.start(1, 0)
+    rows.write(1, lease(0, [0]), {}, "aa", LAPS)
+    rows.finish([])
+    assert sink.calls == 1
+    assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [0, 1]
+
+
 def test_lag_figures():
     figures = lag_figures([response(lag) for lag in (0, 3, 3, 1)])
     assert figures == {"lag/mean": 1.75, "lag/max": 3, "lag/min": 0, "lag/histogram": [1, 1, 0, 2]}
