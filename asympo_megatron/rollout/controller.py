@@ -153,6 +153,8 @@ class Controller:
         if self._parts.syncer is None:
             return protocol.VersionReply(version=0, needed=False)
         if newest is not None and (newest.step, newest.checksum) == (request.step, request.checksum):
+            if self._must_evaluate(newest) and self._parts.targets.want_evaluation(newest):
+                self._parts.bell.ring()
             return protocol.VersionReply(newest.version, needed=False)
         return protocol.VersionReply(self._parts.journal.allocate_version(), needed=True)
 
@@ -165,9 +167,7 @@ class Controller:
         if known is None:
             self._check_new(request)
             parts.ledger.publish(row)
-            due = evaluation_due(parts.config, row.step)
-            known_result = due and parts.journal.reopen_evaluation(row.step, row.checksum)
-            parts.targets.publish(row, evaluate=due and not known_result)
+            parts.targets.publish(row, evaluate=self._must_evaluate(row))
             parts.bell.ring()
         elif known != row:
             raise ControllerError(
@@ -214,6 +214,11 @@ class Controller:
             self._figures.batch_formed()
             parts.bell.ring()  # a replay's lag budget moves with the leases
         return formed
+
+    def _must_evaluate(self, row: VersionRow) -> bool:
+        """Whether an evaluation is due and not done yet; a result that an earlier trainer got is delivered again."""
+        due = evaluation_due(self._parts.config, row.step)
+        return due and not self._parts.journal.reopen_evaluation(row.step, row.checksum)
 
     def _check(self, incarnation: int) -> None:
         if self.failure is not None:

@@ -144,6 +144,9 @@ class Journal:
     def attach(self, resumed_step: int) -> int:
         """A trainer takes over at ``resumed_step``: commit what is older, re-open what is not. Returns its incarnation.
 
+        Evaluations that went with a lease which is done again are delivered again: the rows that the dead trainer wrote
+        for them are gone. Those of later weights wait until these weights come again (:meth:`reopen_evaluation`).
+
         Raises:
             JournalError: leases below ``resumed_step`` are missing, or re-opened ones have lost their tokens.
         """
@@ -154,6 +157,10 @@ class Journal:
             self._set("committed_step", str(resumed_step))
             self._db.execute("UPDATE groups SET state='committed' WHERE lease_step < ?", (resumed_step,))
             self._db.execute("UPDATE groups SET state='leased' WHERE lease_step >= ?", (resumed_step,))
+            self._db.execute(
+                "UPDATE evaluations SET incarnation=NULL, lease_step=NULL WHERE lease_step >= ? AND step <= ?",
+                (resumed_step, resumed_step),
+            )
         self.incarnation = incarnation
         return incarnation
 
@@ -205,15 +212,14 @@ class Journal:
         return self._db.execute(query, (step, checksum)).fetchone() is not None
 
     def reopen_evaluation(self, step: int, checksum: str) -> bool:
-        """True when these weights were evaluated before; the result is then delivered once more."""
+        """True when these weights were evaluated before; this trainer then gets the result, too, once."""
         with self._transaction():
-            return (
-                self._db.execute(
-                    "UPDATE evaluations SET incarnation=NULL, lease_step=NULL WHERE step=? AND checksum=?",
-                    (step, checksum),
-                ).rowcount
-                > 0
+            self._db.execute(
+                "UPDATE evaluations SET incarnation=NULL, lease_step=NULL "
+                "WHERE step=? AND checksum=? AND incarnation < ?",
+                (step, checksum, self.incarnation),
             )
+        return self.has_evaluation(step, checksum)
 
     def deliver_evaluations(self, incarnation: int, lease_step: int) -> list[Evaluation]:
         """Evaluations that go with the lease of ``lease_step``; asking again gives the same ones and newer ones."""

@@ -31,6 +31,13 @@ class Targets:
         if evaluate:
             self._to_evaluate.append(row)
 
+    def want_evaluation(self, row: VersionRow) -> bool:
+        """Queue a published version whose evaluation was forgotten; False when it waits already."""
+        if row in self._to_evaluate:
+            return False
+        self._to_evaluate.append(row)
+        return True
+
     def evaluated(self, row: VersionRow) -> None:
         """The evaluation of a version is done."""
         self._to_evaluate = [waiting for waiting in self._to_evaluate if waiting != row]

@@ -177,6 +177,56 @@ def test_same_weights_after_a_resume_are_not_evaluated_again(tmp_path: Path) -> 
     run_async(scenario())
 
 
+def test_evaluation_that_a_dead_trainer_took_is_delivered_again(tmp_path: Path) -> None:
+    """The result of step 2 went with lease 3; the trainer dies in step 3 and resumes there with the very weights that
+    the engines hold, so that nothing is published again."""
+
+    async def scenario() -> None:
+        async with world(tmp_path, eval_config()) as w:
+            await w.trainer.attach()
+            await w.trainer.publish(0)
+            got = []
+            for step in range(4):
+                if step == 3:
+                    await w.until(lambda: w.controller.parts.journal.has_evaluation(2, "weights-2"))
+                got.append([e.step for e in (await w.trainer.lease(step)).evaluations])
+                if step < 3:
+                    await w.trainer.publish(step + 1)
+            await w.trainer.attach(3)
+            await w.trainer.publish(3)
+            carried = await to_the_end(w, first=3)
+            again = [e.step for results in carried.values() for e in results]
+            assert sorted([step for taken in got[:3] for step in taken] + again) == [0, 2, 4, 5], "each exactly once"
+
+    run_async(scenario())
+
+
+def test_evaluation_forgotten_on_a_resume_is_asked_for_again(tmp_path: Path) -> None:
+    """Weights 2 wait behind the evaluation of weights 0 when the trainer goes back to step 0. Step 1 publishes nothing
+    (sync.interval_steps 2), and the newest version holds weights 2 already: nobody publishes them again."""
+
+    async def scenario() -> None:
+        engine = FakeEngine(VOCAB)
+        engine.hold(lambda body: 2 if held_out(body) else None)
+        async with world(tmp_path, eval_config(rollout__max_lag_steps=3), [engine]) as w:
+            await w.trainer.attach()
+            await w.trainer.publish(0)
+            await engine.until(lambda: len(engine.running) == 3)
+            for step in range(2):
+                assert (await w.trainer.lease(step)).ready
+            await w.trainer.publish(2)
+            await w.trainer.attach(1)
+            assert (await w.trainer.lease(1)).ready
+            assert await w.trainer.publish(2) == 1, "no new version is needed"
+            assert await w.trainer.publish(2) == 1, "asking again changes nothing"
+            engine.hold(lambda _: None)
+            await engine.release()
+            carried = await to_the_end(w, first=2)
+            assert [e.step for results in carried.values() for e in results] == [0, 2, 4, 5]
+
+    run_async(scenario())
+
+
 def test_evaluation_owed_by_a_dead_controller(tmp_path: Path) -> None:
     async def scenario() -> None:
         engine = FakeEngine(VOCAB)

@@ -168,15 +168,19 @@ def test_version_numbers_are_never_given_twice(tmp_path: Path) -> None:
 def test_evaluations_are_delivered_once_per_lease(tmp_path: Path) -> None:
     journal, _ = new_ledger(tmp_path)
     results = [Evaluation(step, step, 0.5 + step / 10, 8, 4.0, 0.1) for step in range(3)]
+    assert journal.attach(0) == 1
     journal.record_evaluation(results[0], "a")
     assert journal.deliver_evaluations(1, 3) == results[:1]
     journal.record_evaluation(results[1], "b")
     assert journal.deliver_evaluations(1, 4) == results[1:2]
     assert journal.deliver_evaluations(1, 4) == results[1:2], "the reply was lost: the same again"
-    assert journal.deliver_evaluations(2, 4) == []
-    assert journal.reopen_evaluation(0, "a")
-    assert not journal.reopen_evaluation(0, "other weights")
-    assert journal.deliver_evaluations(2, 4) == results[:1], "known weights are told again, not evaluated again"
+    assert journal.attach(0) == 2
+    assert journal.deliver_evaluations(2, 0) == results[:1], "its lease is done again; weights 1 are yet to come"
+    assert journal.reopen_evaluation(1, "b")
+    assert not journal.reopen_evaluation(1, "other weights")
+    assert journal.deliver_evaluations(2, 1) == results[1:2], "known weights are told again, not evaluated again"
+    assert journal.reopen_evaluation(1, "b")
+    assert journal.deliver_evaluations(2, 2) == [], "once a trainer"
     assert journal.has_evaluation(1, "b")
     assert not journal.has_evaluation(2, "c")
     journal.close()
