@@ -2,57 +2,9 @@
 
 from typing import Any
 
-from asympo_megatron.config.schema import Config
+from asympo_megatron.config.limits import AT_LEAST, CHOICES, POSITIVE, RULES, SUBSETS, is_loopback
+from asympo_megatron.config.schema import Config, ParallelConfig
 from asympo_megatron.errors import ConfigError, UnknownNameError
-
-_CHOICES = {
-    "model.dtype": ("fp32", "bf16"),
-    "optimizer.schedule": ("constant", "linear", "cosine"),
-    "advantage.estimator": ("group_mean", "mean_std", "leave_one_out", "none"),
-    "rollout.source": ("engines", "replay", "supervised"),
-    "rollout.engine": ("embedded", "sglang"),
-    "rollout.lag_policy": ("admission", "strict", "drop"),
-    "rollout.sampling.overlong": ("train", "mask", "penalize"),
-    "task.kind": ("reasoning_gym", "jsonl"),
-    "task.template": ("chat", "plain"),
-    "sync.transport": ("disk",),
-    "sync.pause_mode": ("in_place", "retract", "abort"),
-}
-
-_AT_LEAST = {
-    "run.steps": 1,
-    "parallel.tensor": 1,
-    "parallel.pipeline": 1,
-    "parallel.context": 1,
-    "parallel.expert": 1,
-    "batch.groups_per_step": 1,
-    "batch.group_size": 1,
-    "batch.max_tokens_per_microbatch": 1,
-    "optimizer.warmup_steps": 0,
-    "rollout.num_engines": 1,
-    "rollout.max_in_flight_per_engine": 1,
-    "rollout.max_lag_steps": 0,
-    "rollout.sampling.max_prompt_tokens": 1,
-    "rollout.sampling.max_new_tokens": 1,
-    "rollout.eval.interval_steps": 0,
-    "rollout.eval.samples_per_prompt": 1,
-    "task.reward_workers": 1,
-    "task.reward_retries": 0,
-    "sync.interval_steps": 1,
-    "sync.keep_last": 1,
-    "checkpoint.interval_steps": 0,
-    "checkpoint.keep_last": 1,
-}
-
-_POSITIVE = (
-    "optimizer.lr",
-    "rollout.sampling.temperature",
-    "rollout.request_timeout_s",
-    "rollout.engine_timeout_s",
-    "rollout.engine_start_timeout_s",
-    "task.reward_timeout_s",
-    "sync.timeout_s",
-)
 
 
 def validate(config: Config) -> None:
@@ -61,19 +13,15 @@ def validate(config: Config) -> None:
     Raises:
         ConfigError: the message names the key, the value, what was expected and what to set instead.
     """
-    for key, choices in _CHOICES.items():
-        if value_of(config, key) not in choices:
-            raise UnknownNameError(f"value of {key}", str(value_of(config, key)), choices)
-    for key, least in _AT_LEAST.items():
-        if value_of(config, key) < least:
-            raise ConfigError(f"{key} is {value_of(config, key)}; it must be at least {least}.")
-    for key in _POSITIVE:
-        if not value_of(config, key) > 0:
-            raise ConfigError(f"{key} is {value_of(config, key)}; it must be greater than 0.")
+    _check_values(config)
     _check_group_size(config)
     _check_lengths(config)
+    _check_optimizer(config)
     _check_source(config)
+    _check_evaluation(config)
+    _check_addresses(config)
     _check_parallel(config)
+    _check_model(config)
 
 
 def value_of(config: Config, key: str) -> Any:
@@ -82,6 +30,26 @@ def value_of(config: Config, key: str) -> Any:
     for part in key.split("."):
         value = getattr(value, part)
     return value
+
+
+def _check_values(config: Config) -> None:
+    for key, choices in CHOICES.items():
+        if value_of(config, key) not in choices:
+            raise UnknownNameError(f"value of {key}", str(value_of(config, key)), choices)
+    for key, choices in SUBSETS.items():
+        for item in value_of(config, key):
+            if item not in choices:
+                raise UnknownNameError(f"value in {key}", str(item), choices)
+    # "not >=" rather than "<": nan is refused, too
+    for key, least in AT_LEAST.items():
+        if not value_of(config, key) >= least:
+            raise ConfigError(f"{key} is {value_of(config, key)}; it must be at least {least}.")
+    for key in POSITIVE:
+        if not value_of(config, key) > 0:
+            raise ConfigError(f"{key} is {value_of(config, key)}; it must be greater than 0.")
+    for key, (holds, expected) in RULES.items():
+        if not holds(value_of(config, key)):
+            raise ConfigError(f"{key} is {value_of(config, key)!r}; {expected}.")
 
 
 def _check_group_size(config: Config) -> None:
@@ -94,15 +62,34 @@ def _check_group_size(config: Config) -> None:
 
 def _check_lengths(config: Config) -> None:
     sampling, budget = config.rollout.sampling, config.batch.max_tokens_per_microbatch
+    multiple = _pad_multiple(config.parallel)
     longest = sampling.max_prompt_tokens + sampling.max_new_tokens
-    if config.rollout.source == "engines" and longest > budget:
+    needed = -(-longest // multiple) * multiple
+    padded = "" if needed == longest else f", {longest} padded to a multiple of {multiple} (parallel.*),"
+    if config.rollout.source == "engines" and needed > budget:
         raise ConfigError(
             f"a prompt of {sampling.max_prompt_tokens} and a response of {sampling.max_new_tokens} tokens "
-            f"(rollout.sampling) can exceed batch.max_tokens_per_microbatch={budget}. "
-            f"Raise it to {longest}, or lower rollout.sampling.max_new_tokens."
+            f"(rollout.sampling){padded} can exceed batch.max_tokens_per_microbatch={budget}. "
+            f"Raise it to {needed}, or lower rollout.sampling.max_new_tokens."
         )
-    if not 0 <= config.rollout.label_noise < 1:
-        raise ConfigError(f"rollout.label_noise is {config.rollout.label_noise}; it is a probability below 1.")
+
+
+def _pad_multiple(parallel: ParallelConfig) -> int:
+    """Rows are padded to it: two zigzag chunks a CP rank, equal shards of the TP ranks under sequence parallelism."""
+    return (2 * parallel.context if parallel.context > 1 else 1) * (parallel.tensor if parallel.sequence else 1)
+
+
+def _check_optimizer(config: Config) -> None:
+    optimizer = config.optimizer
+    if optimizer.min_lr > optimizer.lr:
+        raise ConfigError(
+            f"optimizer.min_lr={optimizer.min_lr} is above optimizer.lr={optimizer.lr}; schedules only fall. Lower it."
+        )
+    if optimizer.warmup_steps > config.run.steps:
+        raise ConfigError(
+            f"optimizer.warmup_steps={optimizer.warmup_steps} is more than run.steps={config.run.steps}: the learning "
+            f"rate would never be reached. Set optimizer.warmup_steps to {config.run.steps} or less."
+        )
 
 
 def _check_source(config: Config) -> None:
@@ -114,6 +101,11 @@ def _check_source(config: Config) -> None:
             f"rollout.source=supervised has reference answers and no rewards, but objective.name is "
             f"{config.objective.name}. Set objective.name=sft."
         )
+    if rollout.source == "supervised" and config.advantage.estimator != "none":
+        raise ConfigError(
+            f"rollout.source=supervised has no rewards, but advantage.estimator is {config.advantage.estimator}. "
+            "Set advantage.estimator=none."
+        )
     if config.sync.interval_steps > rollout.max_lag_steps + 1:
         raise ConfigError(
             f"sync.interval_steps={config.sync.interval_steps} with rollout.max_lag_steps={rollout.max_lag_steps} "
@@ -124,12 +116,46 @@ def _check_source(config: Config) -> None:
         raise ConfigError("task.kind=jsonl needs task.path, a JSONL file of prompts.")
 
 
+def _check_evaluation(config: Config) -> None:
+    evaluation, every = config.rollout.eval, config.sync.interval_steps
+    if not evaluation.interval_steps:
+        return
+    if evaluation.prompts < 1:
+        raise ConfigError(
+            f"rollout.eval.prompts is {evaluation.prompts}; it must be at least 1. "
+            "Set rollout.eval.interval_steps=0 for no evaluation."
+        )
+    if config.rollout.source == "engines" and evaluation.interval_steps % every:
+        raise ConfigError(
+            f"rollout.eval.interval_steps={evaluation.interval_steps} is no multiple of sync.interval_steps={every}: "
+            "only published weights are evaluated. "
+            f"Set rollout.eval.interval_steps to {-(-evaluation.interval_steps // every) * every}."
+        )
+
+
+def _check_addresses(config: Config) -> None:
+    rollout = config.rollout
+    if not is_loopback(rollout.controller_host) and rollout.controller_token is None:
+        raise ConfigError(
+            f"rollout.controller_host={rollout.controller_host} opens the controller to the network. "
+            "Set rollout.controller_token to a secret, or listen on 127.0.0.1."
+        )
+
+
 def _check_parallel(config: Config) -> None:
     parallel = config.parallel
     if parallel.sequence and parallel.tensor == 1:
         raise ConfigError("parallel.sequence=true needs parallel.tensor of 2 or more.")
     if parallel.virtual_pipeline is not None and parallel.pipeline < 2:
         raise ConfigError("parallel.virtual_pipeline needs parallel.pipeline of 2 or more.")
+    if parallel.expert > 1:
+        raise ConfigError(
+            f"parallel.expert is {parallel.expert}, but mixtures of experts are not supported yet. "
+            "Set parallel.expert=1."
+        )
+
+
+def _check_model(config: Config) -> None:
     if not config.model.path and not config.model.hf:
         raise ConfigError(
             "no model: set model.path to a Hugging Face directory, or model.hf to the fields of a config.json."

@@ -1,7 +1,5 @@
 """Configuration: overrides, unknown keys, contradictions, warm start, data hash."""
 
-import dataclasses
-
 import pytest
 
 from asympo_megatron.config import data_hash, load_config, preset_names, save_config, warm_start_config
@@ -116,15 +114,20 @@ def test_warm_start_with_an_unknown_key_is_refused():
 def test_data_hash_moves_with_the_data_and_only_with_it():
     base = data_hash(quickstart())
     same = ["run.steps=9", "optimizer.lr=1", "rollout.max_lag_steps=0", "run.name=other", "logging.level=DEBUG"]
+    same += ["task.reward_timeout_s=99", "task.reward_retries=9", "task.reward_workers=9", "model.init_std=1"]
     moves = ["run.seed=1", "batch.group_size=4", "task.seed=3", "rollout.sampling.top_p=0.9"]
+    moves += ["task.reward=exact", "model.hf.hidden_size=8"]
     assert all(data_hash(quickstart(item)) == base for item in same)
     assert len({data_hash(quickstart(item)) for item in moves} | {base}) == len(moves) + 1
+    tokenizers = [Config(), Config()]
+    tokenizers[1].model.path = "/models/other"
+    assert data_hash(tokenizers[0]) != data_hash(tokenizers[1])
 
 
 def test_every_numeric_limit_is_about_an_existing_key():
-    from asympo_megatron.config import validate as rules
+    from asympo_megatron.config import limits
+    from asympo_megatron.config.validate import value_of
 
     config = quickstart()
-    for key in (*rules._CHOICES, *rules._AT_LEAST, *rules._POSITIVE):
-        assert rules.value_of(config, key) is not None
-    assert dataclasses.is_dataclass(config)
+    for key in (*limits.CHOICES, *limits.SUBSETS, *limits.AT_LEAST, *limits.POSITIVE, *limits.RULES):
+        value_of(config, key)
