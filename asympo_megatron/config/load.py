@@ -14,6 +14,8 @@ from asympo_megatron.config.schema import Config
 from asympo_megatron.config.validate import validate
 from asympo_megatron.errors import ConfigError, UnknownNameError
 
+_NOT_DATA = ("reward_timeout_s", "reward_retries", "reward_workers")
+
 
 def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file or a shipped preset, apply ``a.b=c`` overrides, check the result.
@@ -61,13 +63,18 @@ def save_config(config: Config, path: str | Path) -> None:
 
 
 def data_hash(config: Config) -> str:
-    """Hash of everything that decides which groups a run sees; a journal belongs to exactly one such hash."""
-    rollout = config.rollout
+    """Hash of everything that decides which groups a run sees; a journal belongs to exactly one such hash.
+
+    Time-outs, retries and processes of rewards are not part of it: one raises them when the scorer says so and resumes.
+    """
+    rollout, model = config.rollout, config.model
+    task = {name: value for name, value in vars(config.task).items() if name not in _NOT_DATA}
     parts = (
         config.run.seed,
         (config.batch.groups_per_step, config.batch.group_size),
         config.advantage,
-        config.task,
+        task,
+        (model.path, model.hf),  # tokenizer and vocabulary
         (rollout.source, rollout.replay, rollout.sampling),
     )
     return hashlib.sha256(msgspec.json.encode(parts)).hexdigest()[:16]

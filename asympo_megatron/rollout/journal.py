@@ -239,8 +239,8 @@ class Journal:
             known = self._meta(key, got)
             if known != got and not unused:
                 raise JournalError(
-                    f"{self.path} has {key} {known!r}, this run has {got!r}: seed, batch, task, advantage or sampling "
-                    "changed. Set run.name to a new name, or restore the old values."
+                    f"{self.path} has {key} {known!r}, this run has {got!r}: seed, batch, task, model, advantage or "
+                    "sampling changed. Set run.name to a new name, or restore the old values."
                 )
         with self._transaction(durable=True):
             self._set("run_id", run_id)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from asympo_megatron.config import data_hash, load_config, preset_names, save_config, warm_start_config
+from asympo_megatron.config import Config, data_hash, load_config, preset_names, save_config, warm_start_config
 from asympo_megatron.errors import ConfigError, UnknownNameError
 
 
