@@ -27,7 +27,7 @@ def build_app(controller: Controller, token: str | None, on_failure_told: Callab
 
     Args:
         controller: answers.
-        token: bearer token that every call but /healthz must carry; None: no token.
+        token: bearer token that every call but /healthz must carry; None: everybody may call.
         on_failure_told: called when a trainer was told that the controller failed.
     """
     calls: dict[str, tuple[type, Callable[[Any], Awaitable[Any]]]] = {
@@ -89,7 +89,7 @@ def _join(controller: Controller) -> Handler:
 def _authorize(token: str | None) -> Any:
     @web.middleware
     async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
-        if token and request.path != "/healthz":
+        if token is not None and request.path != "/healthz":
             given = request.headers.get("Authorization", "")
             if not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
                 return _error(401, ControllerError("wrong or missing bearer token: set rollout.controller_token."))

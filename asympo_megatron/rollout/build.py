@@ -56,9 +56,13 @@ def build_controller(
         backoff_s: first pause after an engine failed.
 
     Raises:
+        ConfigError: an empty rollout.controller_token.
         JournalError: the journal is in use, or belongs to another run.
         RecordError: the replay file is missing or malformed.
     """
+    token = config.rollout.controller_token
+    if token is not None and not token.strip():  # often an environment variable that is not set
+        raise ConfigError("rollout.controller_token is empty: set a token, or null for a controller without one.")
     journal = Journal(RunDir(run_dir).journal, config.run.name, data_hash(config))
     try:
         return _assemble(config, journal, task, scorer, engine_urls, verify, behavior_logprobs, backoff_s)

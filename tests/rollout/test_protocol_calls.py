@@ -8,7 +8,7 @@ import pytest
 from rollout_world import World, run_async, small_config, world
 
 from asympo_megatron import protocol
-from asympo_megatron.errors import ControllerError, JournalError, StaleIncarnationError
+from asympo_megatron.errors import ConfigError, ControllerError, JournalError, StaleIncarnationError
 from asympo_megatron.rollout.api import build_app
 
 
@@ -174,6 +174,22 @@ def test_bearer_token(tmp_path: Path) -> None:
             assert (await w.client.get("/healthz")).status == 200
 
     run_async(scenario())
+
+
+@pytest.mark.parametrize("token", ["", "  "])
+def test_empty_token_is_refused_not_taken_for_none(tmp_path: Path, token: str) -> None:
+    async def built() -> None:
+        async with world(tmp_path, small_config(rollout__controller_token=token)):
+            pass
+
+    async def served() -> None:
+        async with world(tmp_path, app=lambda controller: build_app(controller, "", lambda: None)) as w:
+            assert (await w.client.get("/status")).status == 401
+
+    with pytest.raises(ConfigError, match=r"rollout\.controller_token is empty: set a token, or null"):
+        run_async(built())
+    assert not list(tmp_path.iterdir())
+    run_async(served())
 
 
 def test_status_and_join(tmp_path: Path) -> None:
