@@ -14,15 +14,16 @@ from asympo_megatron.rollout.rows import StoredGroup
 def grade(group: Group, sampling: SamplingConfig, estimator: str) -> StoredGroup:
     """Apply the rule for truncated responses and compute advantages.
 
-    ``penalize`` lowers the reward before advantages are taken; ``mask`` takes the loss of a truncated response away
-    after they were computed on the complete group, so the others keep theirs and the response stays in N.
+    ``penalize`` lowers the reward of which advantages are taken, and nothing else: the stored reward is the scorer's.
+    ``mask`` takes the loss of a truncated response away after advantages were computed on the complete group, so the
+    others keep theirs and the response stays in N.
     """
+    penalty = sampling.overlong_penalty if sampling.overlong == "penalize" else 0.0
+    rewards = [response.reward - penalty * _truncated(response) for response in group.responses]
+    advantages = compute_advantages(rewards, estimator)
     responses = group.responses
-    if sampling.overlong == "penalize":
-        responses = [_penalized(response, sampling.overlong_penalty) for response in responses]
-    advantages = compute_advantages([response.reward for response in responses], estimator)
     if sampling.overlong == "mask":
-        responses = [_masked(response) for response in responses]
+        responses = [_masked(response) if _truncated(response) else response for response in responses]
     return StoredGroup(Group(group.prompt_ids, responses, group.group_id, group.prompt_index), advantages)
 
 
@@ -44,17 +45,9 @@ def raw_group(
     return Group(prompt_ids, responses, group_id, prompt_index)
 
 
-def _penalized(response: Response, penalty: float) -> Response:
-    if response.finish_reason != "length":
-        return response
-    return _with(response, response.mask, response.reward - penalty)
+def _truncated(response: Response) -> bool:
+    return response.finish_reason == "length"
 
 
 def _masked(response: Response) -> Response:
-    if response.finish_reason != "length":
-        return response
-    return _with(response, [0] * len(response.ids), response.reward)
-
-
-def _with(response: Response, mask: list[int], reward: float) -> Response:
-    return msgspec.structs.replace(response, mask=mask, reward=reward)
+    return msgspec.structs.replace(response, mask=[0] * len(response.ids))

@@ -72,6 +72,7 @@ class Requester:
         self._versions, self._vocab_size, self._identity = versions, vocab_size, identity
         self._logprobs = logprobs
         self.tokens_sampled = 0
+        """Of training responses; an evaluation's do not count."""
 
     async def sample(self, draft: Draft) -> Sampled:
         """Sample one response; goes on elsewhere after a failure and from its last token after an abort.
@@ -91,7 +92,8 @@ class Requester:
             attempt += 1
             if answer is None:
                 continue
-            self.tokens_sampled += len(answer.ids)
+            if draft.version is None:
+                self.tokens_sampled += len(answer.ids)
             parts.add(answer)
             if answer.finish_reason != "abort":
                 return parts.finish(answer.finish_reason)

@@ -25,6 +25,7 @@ class ResponseSummary(msgspec.Struct, frozen=True, array_like=True):
     trained_tokens: int
     advantage: float
     reward: float
+    """As the scorer gave it; a penalty for truncated responses is in the advantage alone."""
     versions: list[int]
     """Distinct weight versions that sampled it; empty for replayed groups."""
     truncated: bool

@@ -52,6 +52,9 @@ def test_every_interval_first_and_last(tmp_path: Path) -> None:
             assert {body["extra_key"] for body in asked} == {"0", "2", "4", "5"}
             trained = [body for body in engine.requests if not held_out(body)]
             assert len(trained) == 5 * 4, "evaluation takes no slot of the lag budget"
+            requester = w.controller.parts.requester
+            assert requester is not None
+            assert requester.tokens_sampled == 5 * 4 * 4, "rollout/tokens_per_s counts training tokens alone"
 
     run_async(scenario())
 

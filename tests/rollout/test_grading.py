@@ -33,11 +33,12 @@ GROUP = Group(
     [
         ("train", [1.0, 1.0, 0.0, 0.0], [0.5, 0.5, -0.5, -0.5], [3, 3, 1, 2]),
         ("mask", [1.0, 1.0, 0.0, 0.0], [0.5, 0.5, -0.5, -0.5], [3, 0, 1, 2]),
-        ("penalize", [1.0, 0.6, 0.0, 0.0], [0.6, 0.2, -0.4, -0.4], [3, 3, 1, 2]),
+        ("penalize", [1.0, 1.0, 0.0, 0.0], [0.6, 0.2, -0.4, -0.4], [3, 3, 1, 2]),
     ],
 )
 def test_overlong_rules(overlong: str, rewards: list[float], advantages: list[float], trained: list[int]) -> None:
-    """mask: advantages come from the complete group, so they still sum to 0 over it; penalize: reward first."""
+    """mask: advantages come from the complete group, so they still sum to 0 over it; penalize: they come from
+    the lowered reward, and the reward that is kept and reported stays the scorer's."""
     stored = grade(GROUP, SamplingConfig(overlong=overlong, overlong_penalty=0.4), "group_mean")
     assert [response.reward for response in stored.group.responses] == pytest.approx(rewards, abs=1e-12)
     assert stored.advantages == pytest.approx(advantages, abs=1e-12)
