@@ -17,7 +17,7 @@ def supervised_groups(config: Config, task: Task, step: int) -> list[Group]:
     on (configuration, step) only, so a resumed run sees the same labels.
     """
     noise = config.rollout.label_noise
-    alphabet = task.answer_alphabet() if noise > 0 else []
+    alphabet = task.answer_alphabet if noise > 0 else ()
     rng = Random(f"labels/{config.run.seed}/{step}")
     size = config.batch.groups_per_step
     groups = []

@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from asympo_megatron.config import Config
@@ -59,11 +60,12 @@ class Task:
             raise TaskError(f"{self.source.name} has no reference answers; rollout.source=supervised cannot use it.")
         return self._prompt(index, item), self.codec.encode_label(item.label_text)
 
-    def answer_alphabet(self) -> list[int]:
+    @cached_property
+    def answer_alphabet(self) -> tuple[int, ...]:
         """Sorted token ids of the reference answers of the first training items, without special tokens."""
         count = min(self.train_stream.fill_train(ALPHABET_ITEMS), ALPHABET_ITEMS)
         texts = [text for item in self.train_stream.train[:count] if (text := item.label_text) is not None]
-        return sorted({token for text in texts for token in self.codec.encode_label(text)[:-1]})
+        return tuple(sorted({token for text in texts for token in self.codec.encode_label(text)[:-1]}))
 
     def _prompt(self, index: int, item: Item) -> Prompt:
         return Prompt(

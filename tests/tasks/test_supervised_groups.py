@@ -50,7 +50,7 @@ def test_groups_are_the_reference_answers(spell_dir):
 
 def test_noise_has_its_rate_and_spares_the_end_token(noisy):
     config, task = noisy
-    alphabet = task.answer_alphabet()
+    alphabet = task.answer_alphabet
     assert 26 <= len(alphabet) <= 52
     pairs = []
     replaced = set()
