@@ -14,7 +14,7 @@ class RunConfig:
     root: str = "runs"
     """Directory of all runs. Engines on other hosts must see it under the same path."""
     seed: int = 0
-    """Of initial weights, sampling and label noise."""
+    """Of initial weights and label noise. Engines mix it with their port and start time: no two sample alike."""
     steps: int = 100
     """Optimizer steps."""
     warm_start: list[str] = field(default_factory=list)
@@ -159,6 +159,9 @@ class RolloutConfig:
     """supervised: probability that a label token is replaced by a random one of the answer alphabet."""
     controller_url: str | None = None
     """Where the trainer finds the controller; null: replay and supervised are read by the trainer itself."""
+    journal_dir: str | None = None
+    """Directory of journal.sqlite on a local disk of the controller's host, one for each run; null: the run
+    directory."""
     controller_host: str = "127.0.0.1"
     """Address the controller listens on; 0.0.0.0 opens it to the network: set a token."""
     controller_port: int = 0
@@ -168,7 +171,7 @@ class RolloutConfig:
     engine: str = "embedded"
     """What `asympo run` starts locally: embedded | sglang."""
     num_engines: int = 1
-    """Engines that `asympo run` starts here."""
+    """Engines that `asympo run` starts here; SGLang engine i begins at GPU --base-gpu-id + i x --tp-size."""
     engine_host: str = "127.0.0.1"
     """Address the embedded engine listens on."""
     engine_port: int = 0
@@ -176,7 +179,7 @@ class RolloutConfig:
     engine_urls: list[str] = field(default_factory=list)
     """Engines that already run elsewhere; then `asympo run` starts none."""
     engine_api_key: str | None = None
-    """Bearer token of the engines (SGLang: --api-key)."""
+    """Bearer token of the engines (SGLang gets it in a file, not on its command line)."""
     engine_args: list[str] = field(default_factory=list)
     """Further arguments of `python -m sglang.launch_server` (engine: sglang)."""
     engine_python: str | None = None

@@ -85,10 +85,10 @@ def _check_optimizer(config: Config) -> None:
         raise ConfigError(
             f"optimizer.min_lr={optimizer.min_lr} is above optimizer.lr={optimizer.lr}; schedules only fall. Lower it."
         )
-    if optimizer.warmup_steps > config.run.steps:
+    if optimizer.warmup_steps >= config.run.steps:
         raise ConfigError(
-            f"optimizer.warmup_steps={optimizer.warmup_steps} is more than run.steps={config.run.steps}: the learning "
-            f"rate would never be reached. Set optimizer.warmup_steps to {config.run.steps} or less."
+            f"optimizer.warmup_steps={optimizer.warmup_steps} must end before run.steps={config.run.steps}. "
+            f"Set optimizer.warmup_steps to {config.run.steps - 1} or less."
         )
 
 
@@ -150,8 +150,8 @@ def _check_parallel(config: Config) -> None:
         raise ConfigError("parallel.virtual_pipeline needs parallel.pipeline of 2 or more.")
     if parallel.expert > 1:
         raise ConfigError(
-            f"parallel.expert is {parallel.expert}, but mixtures of experts are not supported yet. "
-            "Set parallel.expert=1."
+            f"parallel.expert is {parallel.expert}, but the supported model families are dense; mixtures of experts "
+            "are not supported yet. Set parallel.expert=1."
         )
 
 

@@ -104,6 +104,10 @@ def test_warm_start_inherits_all_but_what_it_overrides():
     assert first.task == config.task
     assert first.run.warm_start == []
     assert warm_start_config(first) is None
+    config.rollout.journal_dir = "/local/journal"
+    first = warm_start_config(config)
+    assert first is not None
+    assert first.rollout.journal_dir == "/local/journal/warmup", "a journal belongs to one run"
 
 
 def test_warm_start_with_an_unknown_key_is_refused():

@@ -3,7 +3,9 @@
 import pytest
 
 from asympo_megatron.config import load_config
+from asympo_megatron.config.limits import SUBSETS
 from asympo_megatron.errors import ConfigError
+from asympo_megatron.metrics.sinks import SINKS
 
 SUPERVISED = ["rollout.source=supervised", "objective.name=sft"]
 LENGTHS = ["rollout.sampling.max_prompt_tokens=100", "rollout.sampling.max_new_tokens=101"]
@@ -26,7 +28,7 @@ REFUSED = [
     (["optimizer.min_lr=-1"], "optimizer.min_lr is -1.0; it must be at least 0"),
     (["optimizer.min_lr=nan"], "optimizer.min_lr is nan; it must be at least 0"),
     (["optimizer.min_lr=1"], "optimizer.min_lr=1.0 is above optimizer.lr=0.0006"),
-    (["optimizer.warmup_steps=6", "run.steps=5"], "Set optimizer.warmup_steps to 5 or less."),
+    (["optimizer.warmup_steps=5", "run.steps=5"], "Set optimizer.warmup_steps to 4 or less."),
     (["rollout.sampling.top_p=0"], "rollout.sampling.top_p is 0.0; it must be above 0 and at most 1"),
     (["rollout.sampling.top_p=1.1"], "rollout.sampling.top_p is 1.1"),
     (["rollout.sampling.top_k=0"], "rollout.sampling.top_k is 0; it must be at least 1, or -1 (off)"),
@@ -54,7 +56,7 @@ REFUSED = [
 ACCEPTED = [
     ["run.name=..a.b", "run.local_ranks=1"],
     ["optimizer.beta1=0", "optimizer.clip_grad=0", "optimizer.min_lr=6e-4"],
-    ["optimizer.warmup_steps=5", "run.steps=5"],
+    ["optimizer.warmup_steps=4", "run.steps=5"],
     ["rollout.sampling.top_p=1", "rollout.sampling.top_k=1", "rollout.sampling.stop_token_ids=[0]"],
     ["rollout.eval.temperature=0", "rollout.eval.top_p=0.01"],
     ["rollout.eval.prompts=0", "rollout.eval.interval_steps=0"],
@@ -75,6 +77,10 @@ def test_a_bad_value_is_refused_with_its_remedy(overrides, message):
     with pytest.raises(ConfigError) as caught:
         load_config("quickstart", overrides)
     assert message in str(caught.value)
+
+
+def test_the_known_sinks_are_those_that_exist():
+    assert set(SUBSETS["logging.sinks"]) == set(SINKS)
 
 
 @pytest.mark.parametrize("overrides", ACCEPTED, ids=str)

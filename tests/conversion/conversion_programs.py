@@ -23,6 +23,7 @@ def make_config(**parallel: Any) -> Config:
     config.model.hf = {"model_type": "qwen3"}
     config.rollout.source = "supervised"
     config.objective.name = "sft"
+    config.advantage.estimator = "none"
     for name, value in parallel.items():
         setattr(config.parallel, name, value)
     validate(config)

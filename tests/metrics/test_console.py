@@ -93,7 +93,8 @@ def test_the_screen_shows_bar_figures_and_remaining_time(tmp_path):
 
 
 def test_supervised_steps_show_their_loss_and_no_reward(tmp_path):
-    console, writer, out, _ = watch(tmp_path, False, "rollout.source=supervised", "objective.name=sft")
+    supervised = ["rollout.source=supervised", "objective.name=sft", "advantage.estimator=none"]
+    console, writer, out, _ = watch(tmp_path, False, *supervised)
     with console:
         writer.write(
             {"step": 3, "incarnation": 1, "train/loss": 1.25, "lag/mean": 0.0, "lag/max": 0, "reward/mean": 1.0}

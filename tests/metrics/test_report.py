@@ -18,6 +18,8 @@ from asympo_megatron.metrics.report.asynchrony import lag_counts
 from asympo_megatron.metrics.report.drawing import smooth
 from asympo_megatron.metrics.report.rundata import load_run
 
+SUPERVISED = ["rollout.source=supervised", "objective.name=sft", "advantage.estimator=none"]
+
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory):
@@ -143,7 +145,7 @@ def test_an_unfinished_run_is_said_to_be_unfinished(tmp_path):
 
 @pytest.mark.parametrize("rows", [[{"step": 0}], [{"step": 1, "train/loss": 2.0, "train/grad_norm": None}]])
 def test_sparse_rows_give_a_page(tmp_path, rows):
-    overrides = ["objective.name=sft", "rollout.source=supervised", "run.warm_start=[]"]
+    overrides = [*SUPERVISED, "run.warm_start=[]"]
     config = load_config("quickstart", [f"run.root={tmp_path}", *overrides])
     run_dir = RunDir.of(config)
     run_dir.create(config)
@@ -154,9 +156,7 @@ def test_sparse_rows_give_a_page(tmp_path, rows):
 
 def test_a_supervised_run_shows_its_loss_and_neither_reward_nor_lag(run_dir):
     rows = read_rows(run_dir / "warmup" / "metrics.jsonl")
-    config = load_config(
-        "quickstart", [f"run.root={run_dir}", "run.name=alone", "rollout.source=supervised", "objective.name=sft"]
-    )
+    config = load_config("quickstart", [f"run.root={run_dir}", "run.name=alone", *SUPERVISED])
     alone = RunDir.of(config)
     alone.create(config)
     writer = MetricsWriter(alone.metrics)
