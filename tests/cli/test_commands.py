@@ -14,7 +14,7 @@ def test_doctor_names_versions_and_what_would_run(capsys):
         "TP 1 x PP 1 x CP 1 = 1 ranks",
         "objective: asympo, reads the current policy only",
         "max_lag_steps 4",
-        "warm start: 700 steps of sft",
+        "warm start: 600 steps of sft",
     ):
         assert words in said, said
 
