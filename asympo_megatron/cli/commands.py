@@ -99,7 +99,7 @@ def report(arguments: argparse.Namespace) -> int:
 def journal(arguments: argparse.Namespace) -> int:
     from asympo_megatron.rollout import describe_journal
 
-    print(describe_journal(RunDir(arguments.run_dir).journal))
+    print(describe_journal(arguments.run_dir))
     return 0
 
 

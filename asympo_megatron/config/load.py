@@ -51,6 +51,8 @@ def warm_start_config(config: Config) -> Config | None:
     base.run.root = str(Path(config.run.root) / config.run.name)
     base.run.name = "warmup"
     base.run.warm_start = []
+    if config.rollout.journal_dir:
+        base.rollout.journal_dir = str(Path(config.rollout.journal_dir) / "warmup")
     return _finish(base, layer, "run.warm_start")
 
 

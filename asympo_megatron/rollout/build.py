@@ -44,11 +44,11 @@ def build_controller(
     behavior_logprobs: bool | None = None,
     backoff_s: float = 0.5,
 ) -> Controller:
-    """A controller on the journal of ``run_dir``, not started yet. Needs a running event loop.
+    """A controller on the journal of a run, not started yet. Needs a running event loop.
 
     Args:
         config: a checked configuration with rollout.source engines or replay.
-        run_dir: holds journal.sqlite.
+        run_dir: holds journal.sqlite, unless rollout.journal_dir names another directory.
         task, scorer: prompts and rewards; None for replay.
         engine_urls: engines to begin with.
         verify: checks a published weight directory; by default its manifest.
@@ -63,7 +63,8 @@ def build_controller(
     token = config.rollout.controller_token
     if token is not None and not token.strip():  # often an environment variable that is not set
         raise ConfigError("rollout.controller_token is empty: set a token, or null for a controller without one.")
-    journal = Journal(RunDir(run_dir).journal, config.run.name, data_hash(config))
+    directory = Path(config.rollout.journal_dir or run_dir)
+    journal = Journal(RunDir(directory).journal, config.run.name, data_hash(config))
     try:
         return _assemble(config, journal, task, scorer, engine_urls, verify, behavior_logprobs, backoff_s)
     except BaseException:

@@ -3,6 +3,7 @@
 import sqlite3
 from pathlib import Path
 
+from asympo_megatron.config import RunDir
 from asympo_megatron.errors import JournalError
 
 _DROPS_SHOWN = 20
@@ -11,12 +12,20 @@ _DROPS_SHOWN = 20
 def describe_journal(path: str | Path) -> str:
     """Groups by state, leases, versions, evaluations and dropped groups of a journal.
 
+    Args:
+        path: journal.sqlite, or the directory that holds it: that of the run, or its rollout.journal_dir.
+
     Raises:
         JournalError: there is no journal at ``path``, or it cannot be read.
     """
     path = Path(path)
     if not path.is_file():
-        raise JournalError(f"{path} does not exist; give the directory of a run that has a controller.")
+        path = RunDir(path).journal
+    if not path.is_file():
+        raise JournalError(
+            f"{path} does not exist; give the directory of a run that has a controller or, where the run sets it, its "
+            "rollout.journal_dir, on the controller's host."
+        )
     try:
         db = sqlite3.connect(f"file:{path.resolve()}?mode=ro", uri=True)
         try:

@@ -240,7 +240,8 @@ class Journal:
             if known != got and not unused:
                 raise JournalError(
                     f"{self.path} has {key} {known!r}, this run has {got!r}: seed, batch, task, model, advantage or "
-                    "sampling changed. Set run.name to a new name, or restore the old values."
+                    "sampling changed. Set run.name to a new name (and rollout.journal_dir, where it is set, to a new "
+                    "directory), or restore the old values."
                 )
         with self._transaction(durable=True):
             self._set("run_id", run_id)

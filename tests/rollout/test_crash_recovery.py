@@ -9,7 +9,8 @@ from rollout_world import VOCAB, FakePrompt, FakeScorer, Trainer, World, run_asy
 
 from asympo_megatron import protocol
 from asympo_megatron.config import Config
-from asympo_megatron.errors import StaleIncarnationError
+from asympo_megatron.errors import JournalError, StaleIncarnationError
+from asympo_megatron.rollout import describe_journal
 from asympo_megatron.testing.fake_engine import FakeEngine
 
 Told = dict[int, tuple[list[protocol.LeasedResponse], list[protocol.Sample]]]
@@ -199,5 +200,28 @@ def test_overlong_prompts_are_dropped(tmp_path: Path) -> None:
             assert sorted({row.group_id for row in reply.responses}) == [1, 2]
             assert w.controller.parts.journal.rows()[0].reason == "prompt 0 has 17 tokens, max_prompt_tokens is 16"
             assert usual(0).index == 0
+
+    run_async(scenario())
+
+
+def test_journal_on_a_local_disk(tmp_path: Path) -> None:
+    """rollout.journal_dir: nothing of SQLite lies in the shared run directory, and a second run may not share it."""
+    shared, local = tmp_path / "shared", tmp_path / "local"
+
+    async def scenario() -> None:
+        config = small_config(rollout__journal_dir=str(local))
+        async with world(shared, config) as w:
+            await w.trainer.attach()
+            await w.trainer.publish(0)
+            first = await w.trainer.lease(0)
+        async with world(shared, config) as w:
+            w.trainer.incarnation = 1
+            assert (await w.trainer.lease(0)).responses == first.responses
+        assert not shared.exists()
+        assert "leases: 1" in describe_journal(local)
+        config.run.name = "another"
+        with pytest.raises(JournalError, match=r"has run_id 'world'.*rollout\.journal_dir, where it is set, to a new"):
+            async with world(shared, config):
+                pass
 
     run_async(scenario())

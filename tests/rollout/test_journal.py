@@ -261,6 +261,7 @@ def test_describe(tmp_path: Path) -> None:
     assert "leases: 2, the last for step 1" in text
     assert "version 0: step 0, incarnation 1, checksum weights-0" in text
     assert "dropped group 4 (prompt 4): reward of prompt 4 failed" in text
+    assert describe_journal(tmp_path) == text, "the directory of the journal will do"
     journal.close()
     with pytest.raises(JournalError, match="does not exist"):
         describe_journal(tmp_path / "nothing.sqlite")
