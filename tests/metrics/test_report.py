@@ -130,7 +130,7 @@ def test_secrets_and_markup_do_not_reach_the_page(tmp_path):
 def test_a_run_that_got_worse_is_said_to_have_fallen(tmp_path):
     run_dir = write_run(tmp_path, steps=50)
     with (run_dir / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps({"step": 50, "eval/accuracy": 0.01, "eval/step": 50}) + "\n")
+        file.write(json.dumps({"step": 50, "incarnation": 1, "eval/accuracy": 0.01, "eval/step": 50}) + "\n")
     text = " ".join(summary.paragraphs(load_run(run_dir)))
     assert "fell from 28.0% at step 0 to 1.0% at step 50, after a best of" in text
     assert "removed that noise" not in text
