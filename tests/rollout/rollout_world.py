@@ -204,3 +204,15 @@ async def world(
         await controller.stop()
         for engine in engines:
             await engine.kill()
+
+
+def changed(**fields: Any) -> Callable[[dict[str, Any]], Any]:
+    """An answer with other top-level fields, or ``meta__x`` fields inside meta_info."""
+
+    def apply(answer: dict[str, Any]) -> Any:
+        for name, value in fields.items():
+            target = answer["meta_info"] if name.startswith("meta__") else answer
+            target[name.removeprefix("meta__")] = value
+        return answer
+
+    return apply

@@ -1,30 +1,16 @@
 """Engines that die, hang, lie or never start: their work goes elsewhere, and nothing is lost or trained twice."""
 
 import asyncio
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from rollout_world import VOCAB, FakePrompt, FakeTask, World, run_async, small_config, world
+from rollout_world import VOCAB, FakePrompt, FakeTask, World, changed, run_async, small_config, world
 
 from asympo_megatron.errors import ControllerError
 from asympo_megatron.rollout.build import serve_controller
 from asympo_megatron.rollout.fleet import EngineState
 from asympo_megatron.testing.fake_engine import FakeEngine
-
-
-def changed(**fields: Any) -> Callable[[dict[str, Any]], Any]:
-    """An answer with other top-level fields, or ``meta__x`` fields inside meta_info."""
-
-    def apply(answer: dict[str, Any]) -> Any:
-        for name, value in fields.items():
-            target = answer["meta_info"] if name.startswith("meta__") else answer
-            target[name.removeprefix("meta__")] = value
-        return answer
-
-    return apply
-
 
 GARBAGE = {
     "id outside the vocabulary": (changed(output_ids=[1, 2, VOCAB, 3]), "token id outside the vocabulary of 64"),

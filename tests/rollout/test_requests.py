@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from rollout_world import VOCAB, run_async, small_config, world
+from rollout_world import VOCAB, changed, run_async, small_config, world
 
 from asympo_megatron.testing.fake_engine import FakeEngine
 
