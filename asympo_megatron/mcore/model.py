@@ -77,7 +77,8 @@ class PolicyModel(GPTModel):
             with_entropy=True,
             vocab_size=self._true_vocab_size,
         )
-        return torch.stack([nll_T, entropy_T])
+        # detached: a gradient of zeros for the entropy would cost token_nll's backward a second pass over the logits
+        return torch.stack([nll_T, entropy_T.detach()])
 
 
 def build_chunks(plan: ModelPlan, temperature: float, groups: ParallelGroups) -> list[Any]:

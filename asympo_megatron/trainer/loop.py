@@ -10,7 +10,7 @@ from asympo_megatron import protocol
 from asympo_megatron.config import Config
 from asympo_megatron.errors import NonFiniteLossError
 from asympo_megatron.mcore import Checkpoints, Layout, Learner, Row
-from asympo_megatron.packing import plan_microbatches
+from asympo_megatron.packing import attention_cost, plan_microbatches
 from asympo_megatron.trainer.publisher import Publisher
 from asympo_megatron.trainer.rows import MetricsRows
 from asympo_megatron.trainer.sources import Source
@@ -69,10 +69,12 @@ class TrainingLoop:
         """The micro-batches of this DP rank: all ranks plan alike, each replica fetches only its own tokens."""
         responses = lease.responses
         plan = plan_microbatches(
-            [r.prompt_tokens + r.response_tokens for r in responses],
+            # a response without trained tokens travels as a row and is never computed
+            [r.prompt_tokens + r.response_tokens if r.trained_tokens else 0 for r in responses],
             dp_size=self._layout.dp_size,
             max_tokens=self._config.batch.max_tokens_per_microbatch,
             pad_multiple=self._layout.pad_multiple,
+            cost=attention_cost(self._learner.plan.facts.hidden_size),
         )
         mine = plan.microbatches[self._layout.dp_rank]
         wanted = [(responses[i].group_id, responses[i].row) for batch in mine for i in batch]
