@@ -55,14 +55,15 @@ def save(learner: "Learner", directory: Path) -> None:
     if failed:
         _on_rank0(learner, lambda: shutil.rmtree(temporary, ignore_errors=True))
         raise CheckpointError(f"{directory} could not be written: {failed}. Free some space, or change run.root.")
-    _on_rank0(learner, lambda: _finish(temporary, directory, _marker(learner)))
+    marker = _marker(learner)
+    _on_rank0(learner, lambda: _finish(temporary, directory, marker))
 
 
 def load(learner: "Learner", directory: Path, *, weights_only: bool) -> None:
     """Collective: read a checkpoint of any layout into the learner.
 
     Raises:
-        CheckpointError: missing, incomplete, of another model, or unreadable.
+        CheckpointError: missing, incomplete, of another model, unreadable, or with other weights than were saved.
     """
     marker = read_marker(directory)
     _check_model(marker, learner, directory)
@@ -78,8 +79,10 @@ def load(learner: "Learner", directory: Path, *, weights_only: bool) -> None:
         model.load_state_dict(loaded[key])
     if weights_only:
         learner.weights_changed()
+        _check_weights(marker, learner, directory)
         return
     distopt.load_state(learner.optimizer, loaded["optimizer"])
+    _check_weights(marker, learner, directory)
     if "rng" in loaded:
         _restore_rng(loaded["rng"])
     learner.step_count = int(marker["step"])
@@ -123,7 +126,8 @@ def _state(
     if weights_only:
         return state
     distopt.prepare(learner.optimizer)
-    state["optimizer"] = learner.optimizer.sharded_state_dict(dict(state), is_loading=loading, metadata=metadata)
+    with distopt.compact_offsets(learner.optimizer):
+        state["optimizer"] = learner.optimizer.sharded_state_dict(dict(state), is_loading=loading, metadata=metadata)
     distopt.unshare_steps(learner.optimizer)
     if same_layout:
         layout = learner.layout
@@ -159,12 +163,15 @@ def _model(learner: "Learner") -> dict[str, Any]:
 
 
 def _marker(learner: "Learner") -> dict[str, Any]:
+    """Collective."""
     return {
         "format": FORMAT,
         "step": learner.step_count,
         "layout": _layout(learner),
         "model": _model(learner),
         "data_hash": data_hash(learner.config),
+        "dtype": learner.config.model.dtype,
+        "checksum": learner.checksum(),
     }
 
 
@@ -184,6 +191,18 @@ def _check_data(marker: dict[str, Any], learner: "Learner", directory: Path) -> 
         raise CheckpointError(
             f"checkpoint {directory} belongs to a run on other data (task, batch, sampling, replay or seed changed). "
             f"Set run.name to a new run; model.init={directory} starts it from these weights."
+        )
+
+
+def _check_weights(marker: dict[str, Any], learner: "Learner", directory: Path) -> None:
+    """Collective: what was loaded, through whatever resharding, is what was saved; rounding to another dtype is not."""
+    if marker.get("dtype") != learner.config.model.dtype:
+        return
+    got = learner.checksum()
+    if got != marker["checksum"]:
+        raise CheckpointError(
+            f"checkpoint {directory} was saved with weights of checksum {marker['checksum']} and loaded with {got}: "
+            "its files are damaged. Use an older one."
         )
 
 

@@ -1,9 +1,10 @@
-"""Optimizer state of torch's AdamW in Megatron's checkpoints: the traps of Megatron-Core 0.16, in one file.
+"""Optimizer state in Megatron's checkpoints: the traps of Megatron-Core 0.16, in one file.
 
 Megatron's optimizers expect the state of Apex's or Transformer Engine's FusedAdam. torch's AdamW differs in that it
-creates its state lazily and keeps a ``step`` tensor for every parameter. Nothing here is done for other optimizers.
+creates its state lazily and keeps a ``step`` tensor for every parameter.
 """
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,6 +27,39 @@ def prepare(optimizer: Any) -> None:
                         "exp_avg": torch.zeros_like(param),
                         "exp_avg_sq": torch.zeros_like(param),
                     }
+
+
+@contextlib.contextmanager
+def compact_offsets(optimizer: Any) -> Iterator[None]:
+    """Hold around ``sharded_state_dict``: number the parameters of a buffer as its gathered tensors are laid out.
+
+    ``DistributedOptimizer.get_parameter_state_dp_zero`` joins the buckets of a buffer without their padding (its
+    ``offset_in_world_tensors``), and ``sharded_param_state_fully_reshardable`` cuts the result by
+    ``buffer.param_index_map``, whose offsets count that padding (distrib_optimizer.py of 0.16.1, lines 1107-1118 and
+    1475-1501). Every parameter behind a padded bucket would be saved shifted, and nothing would say so.
+    """
+    wrappers = getattr(optimizer, "chained_optimizers", [optimizer])
+    sharded = [wrapper for wrapper in wrappers if isinstance(wrapper, DistributedOptimizer)]
+    buffers = {id(buffer): buffer for wrapper in sharded for buffer in wrapper.buffers}
+    padded = {key: buffer.param_index_map for key, buffer in buffers.items()}
+    try:
+        for buffer in buffers.values():
+            buffer.param_index_map = _without_padding(buffer)
+        yield
+    finally:
+        for key, index_map in padded.items():
+            buffers[key].param_index_map = index_map
+
+
+def _without_padding(buffer: Any) -> dict[Any, tuple[int, int, int]]:
+    paddings, kept = [], 0
+    for bucket in buffer.buckets:
+        paddings.append(bucket.offset - kept)
+        kept += bucket.numel_unpadded
+    return {
+        param: (start - paddings[bucket], end - paddings[bucket], bucket)
+        for param, (start, end, bucket) in buffer.param_index_map.items()
+    }
 
 
 @torch.no_grad()

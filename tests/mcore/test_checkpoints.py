@@ -77,6 +77,31 @@ def test_any_layout_loads_what_any_layout_saved(tmp_path: Path, reference: dict[
     assert two["tensor"]["checksums"][0] == two["pipeline"]["checksums"][0] == reference["checksums"][2]
 
 
+def test_padded_buckets_resume_bit_exactly(tmp_path: Path) -> None:
+    """Tied embeddings over two stages have a bucket of their own, which is padded: what follows must not shift."""
+    case: dict[str, Any] = {"config": {"parallel": {"pipeline": 2}, "optimizer": {"distributed": True}}}
+    path = str(tmp_path / "step")
+    cases = {
+        "straight": {**case, "steps": 3, "save_at": 2, "save": path},
+        "resumed": {**case, "steps": 1, "load": path},
+    }
+    for results in run_ranks(f"{PROGRAM}:train_cases", 2, {"cases": cases}, timeout_s=120):
+        assert results["resumed"]["checksums"] == results["straight"]["checksums"][2:]
+        assert results["resumed"]["figures"] == results["straight"]["figures"][2:]
+
+
+@pytest.mark.parametrize("weights_only", [False, True])
+def test_other_weights_than_were_saved(tmp_path: Path, one_rank: None, weights_only: bool) -> None:
+    checkpoints, learner = _saved(tmp_path, 1)
+    newest = checkpoints.newest()
+    assert newest is not None
+    marker = json.loads((newest / MARKER).read_text())
+    assert marker["checksum"] == learner.checksum()
+    (newest / MARKER).write_text(json.dumps({**marker, "checksum": "0" * 16}))
+    with pytest.raises(CheckpointError, match=rf"checksum 0{{16}} and loaded with {learner.checksum()}: .*damaged"):
+        learner.load(newest, weights_only=weights_only)
+
+
 def _saved(tmp_path: Path, steps: int, keep_last: int = 9) -> tuple[Checkpoints, Learner]:
     _, _, learner = build({"config": SPLIT})
     checkpoints = Checkpoints(tmp_path / "checkpoints", keep_last)
