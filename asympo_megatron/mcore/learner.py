@@ -51,6 +51,7 @@ class Learner:
         self.step_count = 0
         self._schedule = Schedule(config, self.optimizer)
         self._forward_step = ForwardStep(objective, layout.groups)
+        self._needs_logprobs = "behavior_logprob_T" in getattr(objective, "needs", ())
         self._connect_schedule()
 
     def step(self, microbatches: Sequence[Sequence[Row]], num_responses: int) -> dict[str, float]:
@@ -145,6 +146,8 @@ class Learner:
         try:
             for rows in microbatches:
                 check_rows(rows, self.plan.facts.vocab_size, self.config.batch.max_tokens_per_microbatch)
+                if self._needs_logprobs:
+                    _check_logprobs(rows)
         except BatchError as error:
             return error
         return None
@@ -200,4 +203,20 @@ class Learner:
             raise NonFiniteLossError(
                 f"step {self.step_count}: loss sum {loss_sum}, gradient norm {grad_norm}. The step was refused and the "
                 "weights kept. Lower optimizer.lr or optimizer.clip_grad, or raise the objective's nll_floor."
+            )
+
+
+def _check_logprobs(rows: Sequence[Row]) -> None:
+    """Found here, and not by the objective: that would raise inside the forward pass of one rank, the others waiting.
+
+    Raises:
+        BatchError: a response with trained tokens and without one behavior log-probability a token.
+    """
+    for number, row in enumerate(rows):
+        got = None if row.behavior_logprobs is None else len(row.behavior_logprobs)
+        if any(row.mask) and got != len(row.ids):
+            raise BatchError(
+                f"response {number} has {'no' if got is None else got} behavior_logprobs for {len(row.ids)} tokens, "
+                "and the objective needs one each. Record them, or use an objective without behavior data: asympo, "
+                "spo, reinforce."
             )

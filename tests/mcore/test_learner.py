@@ -136,6 +136,23 @@ def test_wrong_rows_are_refused_before_any_work() -> None:
     assert learner.step_count == 0
 
 
+@pytest.mark.parametrize(("logprobs", "got"), [(None, "no"), ([-0.5], "1")])
+def test_missing_behavior_logprobs_are_refused_before_any_work(logprobs: list[float] | None, got: str) -> None:
+    """Of the rows, not in the forward pass: there one rank would raise while the others wait for it."""
+    _, _, learner = build({"objective": "grpo"})
+    learner._forward_backward = None  # type: ignore[assignment, method-assign]
+    complete, bad = Row([1], [6, 7], [1, 1], 1.0, [-0.5, -0.5]), Row([1], [6, 7], [0, 1], 1.0, logprobs)
+    with pytest.raises(BatchError, match=rf"response 1 has {got} behavior_logprobs for 2 tokens.*needs one each"):
+        learner.step([[complete, bad]], 2)
+
+
+def test_behavior_logprobs_are_asked_for_only_where_they_matter() -> None:
+    _, _, grpo = build({"objective": "grpo"})
+    grpo.step([[Row([1], [6, 7], [1, 1], 1.0, [-0.5, -0.5]), Row([1], [6], [0], 1.0)]], 2)
+    _, _, asympo = build({})
+    asympo.step([[Row([1], [6], [1], 1.0)]], 1)
+
+
 @pytest.mark.parametrize(
     ("schedule", "warmup", "wanted"),
     [
