@@ -64,7 +64,8 @@ def _without_padding(buffer: Any) -> dict[Any, tuple[int, int, int]]:
 
 @torch.no_grad()
 def load_state(optimizer: Any, state: Any) -> None:
-    """``optimizer.load_state_dict(state)``, right for torch's AdamW."""
+    """``optimizer.load_state_dict(state)``, right for torch's AdamW; options (lr, betas, eps) stay as configured."""
+    options = [_options(group) for group in optimizer.param_groups]
     adams = list(_with_torch_adam(optimizer))
     for wrapper in adams:
         if isinstance(wrapper, DistributedOptimizer):
@@ -78,6 +79,8 @@ def load_state(optimizer: Any, state: Any) -> None:
     finally:
         for wrapper in adams:
             wrapper.__dict__.pop("_set_main_param_and_optimizer_states", None)
+    for group, ours in zip(optimizer.param_groups, options, strict=True):  # Megatron keeps the order of our groups
+        group.update(ours)
     unshare_steps(optimizer)
 
 
@@ -87,6 +90,11 @@ def unshare_steps(optimizer: Any) -> None:
         for state in wrapper.optimizer.state.values():
             if "step" in state:
                 state["step"] = state["step"].clone()
+
+
+def _options(group: dict[str, Any]) -> dict[str, Any]:
+    """What the run configures of a parameter group; ``step`` is Megatron's count of the steps done."""
+    return {name: value for name, value in group.items() if name not in {"params", "step"}}
 
 
 def _restore_step_zero(state: dict[str, Any]) -> None:

@@ -50,6 +50,30 @@ def test_forgetting_the_moments_is_noticed(tmp_path: Path, one_rank: None) -> No
     assert learner.checksum() != straight["checksums"][3]
 
 
+@pytest.mark.parametrize("distributed", [False, True])
+def test_changed_optimizer_settings_hold_after_a_resume(tmp_path: Path, one_rank: None, distributed: bool) -> None:
+    """The next step is AdamW's by hand with the new lr, beta2 and eps, on the moments of the checkpoint."""
+    first = {"distributed": distributed, "lr": 1e-3, "clip_grad": 0.0}
+    changed = {**first, "lr": 4e-4, "min_lr": 1e-4, "beta1": 0.8, "beta2": 0.5, "eps": 1e-3, "weight_decay": 0.1}
+    train("first", {"config": {"optimizer": first}, "steps": 2, "save_at": 2, "save": str(tmp_path / "step")})
+    config, layout, learner = build({"config": {"optimizer": changed}})
+    learner.load(tmp_path / "step")
+    inner = getattr(learner.optimizer, "chained_optimizers", [learner.optimizer])[0].optimizer
+    group = inner.param_groups[0]
+    main = group["params"][0]
+    before, state = main.detach().clone(), {name: value.clone() for name, value in inner.state[main].items()}
+    rows = make_rows(2)
+    assert learner.step(microbatches(rows, config, layout), len(rows))["lr"] == 4e-4
+    assert (group["betas"], group["eps"], group["max_lr"], group["min_lr"]) == ((0.8, 0.5), 1e-3, 4e-4, 1e-4)
+    first_moment, second_moment = inner.state[main]["exp_avg"], inner.state[main]["exp_avg_sq"]
+    grad = (first_moment - 0.8 * state["exp_avg"]) / 0.2
+    torch.testing.assert_close(second_moment, 0.5 * state["exp_avg_sq"] + 0.5 * grad**2, rtol=1e-4, atol=1e-9)
+    assert int(inner.state[main]["step"]) == 3
+    scaled = first_moment / (1 - 0.8**3) / ((second_moment / (1 - 0.5**3)).sqrt() + 1e-3)
+    wanted = before * (1 - 4e-4 * group["weight_decay"]) - 4e-4 * scaled
+    torch.testing.assert_close(main.detach(), wanted, rtol=1e-6, atol=1e-8)
+
+
 @pytest.mark.slow
 def test_any_layout_loads_what_any_layout_saved(tmp_path: Path, reference: dict[str, Any]) -> None:
     """Saved by one rank, and by two with a sharded optimizer; loaded under every pair of ranks and by one."""
