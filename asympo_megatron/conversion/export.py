@@ -9,7 +9,7 @@ from torch import Tensor
 
 from asympo_megatron.conversion.names import entries
 from asympo_megatron.conversion.tensors import split_for_hf
-from asympo_megatron.errors import UnknownNameError
+from asympo_megatron.errors import ConfigError, UnknownNameError
 from asympo_megatron.mcore import Learner
 from asympo_megatron.mcore.shards import Shard
 
@@ -29,11 +29,16 @@ def export_hf(learner: Learner) -> Iterator[tuple[str, Tensor]]:
 
     Returns:
         (name, tensor on the CPU) on rank 0; on the others the tensor is on the meta device: shape without data.
+
+    Raises:
+        ConfigError: the model and the conversion map do not hold the same parameters; on every rank.
     """
     local = {shard.name: shard for shard in learner.shards() if not shard.is_copy}
     owners, descriptions = _survey(local, learner)
     facts = learner.plan.facts
-    for entry in entries(facts):
+    table = list(entries(facts))
+    _check_coverage({entry.megatron for entry in table}, set(owners), facts.model_type)
+    for entry in table:
         shape, dtype = descriptions[entry.megatron]
         whole = _collect(local.get(entry.megatron), owners[entry.megatron], shape, dtype, learner)
         yield from split_for_hf(entry, whole, facts)
@@ -56,6 +61,16 @@ def hf_config_for_export(hf_config: Mapping[str, Any], vocab_size: int, dtype: s
         "vocab_size": vocab_size,
         "torch_dtype": dtype,
     }
+
+
+def _check_coverage(mapped: set[str], held: set[str], model_type: str) -> None:
+    """A parameter that is dropped would leave engines with another model than the one that trains."""
+    for names, what in ((held - mapped, "has parameters without a Hugging Face name"), (mapped - held, "lacks")):
+        if names:
+            raise ConfigError(
+                f"cannot export: the model {what}: {', '.join(sorted(names)[:4])} ({len(names)} in all), by the "
+                f"conversion map of model_type={model_type}. Remove the values of model.megatron that change the model."
+            )
 
 
 def _survey(

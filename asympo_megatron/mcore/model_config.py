@@ -14,6 +14,13 @@ from asympo_megatron.mcore.overrides import build_megatron_config
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
+_FILE = "(config.json of model.path)"
+
+
+def _of(field: str) -> str:
+    return f"model.hf.{field} {_FILE}"
+
+
 _OWNED = {
     "tensor_model_parallel_size": "parallel.tensor",
     "pipeline_model_parallel_size": "parallel.pipeline",
@@ -22,20 +29,61 @@ _OWNED = {
     "expert_model_parallel_size": "parallel.expert",
     "sequence_parallel": "parallel.sequence",
     "bf16": "model.dtype",
+    "fp16": "model.dtype",
     "params_dtype": "model.dtype",
     "pipeline_dtype": "model.dtype",
     "init_method_std": "model.init_std",
+    "perform_initialization": "model.init",
     "calculate_per_token_loss": "objective.name",
     "variable_seq_lengths": "batch.max_tokens_per_microbatch",
     "defer_embedding_wgrad_compute": "objective.name",
-    "num_layers": "model.hf",
-    "hidden_size": "model.hf",
-    "num_attention_heads": "model.hf",
-    "num_query_groups": "model.hf",
-    "ffn_hidden_size": "model.hf",
-    "kv_channels": "model.hf",
+    "num_layers": _of("num_hidden_layers"),
+    "hidden_size": _of("hidden_size"),
+    "num_attention_heads": _of("num_attention_heads"),
+    "num_query_groups": _of("num_key_value_heads"),
+    "ffn_hidden_size": _of("intermediate_size"),
+    "kv_channels": _of("head_dim"),
+    "layernorm_epsilon": _of("rms_norm_eps"),
+    "activation_func": _of("hidden_act"),
+    "window_size": _of("sliding_window"),
+    **dict.fromkeys(
+        (
+            "activation_func_clamp_value",
+            "add_bias_linear",
+            "add_qkv_bias",
+            "apply_residual_connection_post_layernorm",
+            "attention_dropout",
+            "attention_output_gate",
+            "experimental_attention_variant",
+            "gated_linear_unit",
+            "glu_linear_offset",
+            "heterogeneous_block_specs",
+            "hidden_dropout",
+            "is_hybrid_model",
+            "layernorm_zero_centered_gamma",
+            "mrope_section",
+            "mtp_num_layers",
+            "multi_latent_attention",
+            "no_rope_freq",
+            "normalization",
+            "num_moe_experts",
+            "qk_l2_norm",
+            "qk_layernorm",
+            "rotary_interleaved",
+            "softmax_scale",
+            "softmax_type",
+            "window_attn_skip_freq",
+        ),
+        _of("model_type"),
+    ),
 }
-"""Fields of TransformerConfig that must agree with the rest of the configuration, and the key that decides them."""
+"""Fields of TransformerConfig that must agree with the rest of the configuration, and the key that decides them.
+
+The engine reads config.json alone: whatever is part of the function that the model computes comes from there.
+"""
+
+_OWNED_ON_CPU = {"deallocate_pipeline_outputs": "parallel.virtual_pipeline"}
+"""See ``_parallel``: the wrong value gives wrong gradients there."""
 
 _PIPELINE_SPLITS = (
     "pipeline_model_parallel_layout",
@@ -72,7 +120,8 @@ def plan_model(config: Config, hf: Mapping[str, Any]) -> ModelPlan:
     _check_layout(config, facts)
     tensor = config.parallel.tensor
     base = {**_architecture(facts), **_parallel(config), **_numerics(config)}
-    transformer = build_megatron_config(TransformerConfig, "model.megatron", base, config.model.megatron, _OWNED)
+    owned = _OWNED if torch.cuda.is_available() else {**_OWNED, **_OWNED_ON_CPU}
+    transformer = build_megatron_config(TransformerConfig, "model.megatron", base, config.model.megatron, owned)
     return ModelPlan(facts, transformer, -(-facts.vocab_size // tensor) * tensor)
 
 
@@ -117,6 +166,8 @@ def _parallel(config: Config) -> dict[str, Any]:
 
 
 def _numerics(config: Config) -> dict[str, Any]:
+    from asympo_megatron.mcore.spec import uses_transformer_engine  # Megatron-Core comes with it
+
     dtype = DTYPES[config.model.dtype]
     cuda = torch.cuda.is_available()
     return {
@@ -135,6 +186,9 @@ def _numerics(config: Config) -> dict[str, Any]:
         "gradient_accumulation_fusion": False,
         "persist_layer_norm": False,
         "bias_activation_fusion": cuda,
+        # By reading, not by measurement: the unfused rotation of packed sequences copies their lengths to the host
+        # and loops over them, twice a layer. Transformer Engine has one kernel for the whole pack.
+        "apply_rope_fusion": uses_transformer_engine(),
     }
 
 

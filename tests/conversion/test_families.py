@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from asympo_megatron.conversion import export_hf, hf_config_for_export, load_hf
 from asympo_megatron.conversion.load import INDEX, SINGLE
-from asympo_megatron.errors import CheckpointError, UnknownNameError
+from asympo_megatron.conversion.names import LAYERS
+from asympo_megatron.errors import CheckpointError, ConfigError, UnknownNameError
 from asympo_megatron.mcore import Learner, Row
 from asympo_megatron.mcore.collate import collate
 from asympo_megatron.mcore.model import unwrap
@@ -133,3 +134,22 @@ def test_exported_config() -> None:
     }
     with pytest.raises(UnknownNameError, match="did you mean 'qwen"):
         hf_config_for_export({"model_type": "qwen7"}, 1)
+
+
+@pytest.mark.parametrize("extra", [True, False])
+def test_parameters_that_the_map_does_not_know_are_not_dropped(
+    make_hf: MakeHF, monkeypatch: pytest.MonkeyPatch, extra: bool
+) -> None:
+    """Biases that only one side has: an engine would serve another model than the one that trains."""
+    _, directory = make_hf("qwen2")
+    _, learner = _loaded(directory)
+    bias = "decoder.layers.0.self_attention.linear_qkv.bias"
+    if extra:
+        monkeypatch.setitem(LAYERS, "qwen2", LAYERS["llama"])
+        with pytest.raises(ConfigError, match=rf"parameters without a Hugging Face name: {bias}.*model_type=qwen2"):
+            next(export_hf(learner))
+    else:
+        held = [shard for shard in learner.shards() if shard.name != bias]
+        monkeypatch.setattr(learner, "shards", lambda: iter(held))
+        with pytest.raises(ConfigError, match=rf"the model lacks: {bias} \(1 in all\)"):
+            next(export_hf(learner))

@@ -116,10 +116,42 @@ def test_every_megatron_field_passes_through() -> None:
         ({"recompute_granularty": "full"}, UnknownNameError, "did you mean 'recompute_granularity'"),
         ({"attention_backend": "flesh"}, UnknownNameError, "did you mean 'flash'"),
         ({"sequence_parallel": True}, ConfigError, "Remove it and set parallel.sequence"),
-        ({"hidden_size": 3}, ConfigError, "model.megatron.hidden_size is decided by model.hf"),
+        ({"hidden_size": 3}, ConfigError, r"model.megatron.hidden_size is decided by model.hf.hidden_size \(c"),
+        ({"num_moe_experts": 4}, ConfigError, "Remove it and set model.hf.model_type"),
         ({"recompute_granularity": "full", "recompute_method": "sideways"}, ConfigError, "Megatron-Core refuses"),
     ],
 )
 def test_wrong_megatron_fields_are_named(options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         _plan(model={"megatron": options})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "decider"),
+    [
+        ("layernorm_epsilon", 1e-3, "rms_norm_eps"),
+        ("num_query_groups", 4, "num_key_value_heads"),
+        ("window_size", [8, 0], "sliding_window"),
+        ("softmax_scale", 0.5, "model_type"),
+        ("rotary_interleaved", True, "model_type"),
+        ("mtp_num_layers", 1, "model_type"),
+        ("softmax_type", "learnable", "model_type"),
+        ("attention_output_gate", True, "model_type"),
+        ("layernorm_zero_centered_gamma", True, "model_type"),
+    ],
+)
+def test_trainer_and_engine_compute_the_same_model(name: str, value: Any, decider: str) -> None:
+    """The engine reads config.json: what changes the function of the model cannot be set on the trainer alone."""
+    with pytest.raises(ConfigError, match=rf"model.megatron.{name} is decided by model.hf.{decider} \(config.json"):
+        _plan(model={"megatron": {name: value}})
+
+
+def test_every_value_read_from_the_hugging_face_config_is_owned() -> None:
+    from asympo_megatron.mcore import model_config
+
+    assert set(model_config._architecture(_plan().facts)) <= set(model_config._OWNED)
+
+
+def test_pipeline_outputs_stay_on_cpu() -> None:
+    with pytest.raises(ConfigError, match=r"deallocate_pipeline_outputs is decided by parallel.virtual_pipeline"):
+        _plan(model={"megatron": {"deallocate_pipeline_outputs": True}})
