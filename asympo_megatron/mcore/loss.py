@@ -50,13 +50,14 @@ class ForwardStep:
         """What is known for any objective; its own statistics of the same name take precedence."""
         trained_T = batch.responses.response_ids_T >= 0
         trained = trained_T.sum()
-        # Whole rows are known on every context-parallel rank: the first one counts them.
+        # Whole rows are known on every context-parallel rank: the first one counts them. new_full fills on the device;
+        # new_tensor would wait for a copy from the host.
         first = int(self._groups.context_rank == 0)
         return {
             LOSS_SUM: Stat.sum(loss_sum),
-            RESPONSES: Stat.sum(count.new_tensor(first * batch.responses.num_responses)),
+            RESPONSES: Stat.sum(count.new_full((), first * batch.responses.num_responses)),
             "loss": Stat.mean(loss_sum, count),
             "entropy": Stat.mean(torch.where(trained_T, entropy_T, 0.0).sum(), trained),
             "tokens": Stat.sum(trained),
-            "input_tokens": Stat.sum(count.new_tensor(first * batch.real_tokens)),
+            "input_tokens": Stat.sum(count.new_full((), first * batch.real_tokens)),
         }

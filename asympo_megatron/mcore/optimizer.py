@@ -43,6 +43,11 @@ def wrap_ddp(config: Config, transformer: Any, chunks: list[Any]) -> list[Any]:
         "average_in_collective": False,
     }
     ddp = build_megatron_config(DistributedDataParallelConfig, "ddp.megatron", base, config.ddp.megatron, _OWNED_DDP)
+    if ddp.overlap_param_gather and not ddp.use_distributed_optimizer:
+        raise ConfigError(
+            "ddp.megatron.overlap_param_gather=true needs optimizer.distributed=true: without it every rank holds all "
+            "weights and nothing is gathered. Set optimizer.distributed=true, or remove it."
+        )
     # Later chunks of an interleaved pipeline start their backward first; buckets would only delay them.
     return [DistributedDataParallel(transformer, ddp, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(chunks)]
 

@@ -176,6 +176,10 @@ def test_every_step_of_the_schedule_moves_the_weights(schedule: str, warmup: int
         ({"optimizer": {"megatron": {"adam_eps": 1.0}}}, "Remove it and set optimizer.eps"),
         ({"optimizer": {"megatron": {"sgd_momentun": 1.0}}}, "did you mean 'sgd_momentum'"),
         ({"ddp": {"megatron": {"average_in_collective": True}}}, "average_in_collective is decided by"),
+        (
+            {"ddp": {"megatron": {"overlap_grad_reduce": True, "overlap_param_gather": True}}},
+            "ddp.megatron.overlap_param_gather=true needs optimizer.distributed=true",
+        ),
         ({"parallel": {"tensor": 2}}, r"1 rank\(s\) cannot hold replicas of parallel.tensor=2"),
         ({"parallel": {"expert": 2}}, "model families are dense"),
     ],
