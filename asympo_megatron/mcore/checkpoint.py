@@ -7,12 +7,13 @@ of the final name is whole and a crash leaves only what the next save removes.
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 import queue
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -29,6 +30,10 @@ from asympo_megatron.mcore.model import policy_models
 if TYPE_CHECKING:
     from asympo_megatron.mcore.learner import Learner
 
+Result = TypeVar("Result")
+
+log = logging.getLogger(__name__)
+
 MARKER = "complete"
 TEMPORARY = ".tmp"
 FORMAT = 1
@@ -38,25 +43,42 @@ def save(learner: "Learner", directory: Path) -> None:
     """Collective: write the learner's whole state to ``directory``.
 
     Raises:
-        CheckpointError: on every rank; ``directory`` does not exist then.
+        CheckpointError: ``directory`` does not exist then. On every rank, or (a failure outside the writer of shards)
+            on one while others still wait for it: the process must end, and the launcher ends theirs.
     """
     temporary = directory.with_name(directory.name + TEMPORARY)
     needed_bytes = _size(learner)
     _on_rank0(learner, lambda: _prepare(directory, temporary, needed_bytes))
-    problem = ""
-    try:
-        with _in_process_results():
-            dist_checkpointing.save(_state(learner, loading=False), str(temporary))
-    except (Exception, CheckpointException) as error:  # the latter, of torch, is no Exception
-        problem = _last_line(error)
+    problem = _write(learner, temporary)
     problems: list[str] = [""] * learner.layout.world_size
     dist.all_gather_object(problems, problem)
     failed = next((text for text in problems if text), "")
     if failed:
         _on_rank0(learner, lambda: shutil.rmtree(temporary, ignore_errors=True))
-        raise CheckpointError(f"{directory} could not be written: {failed}. Free some space, or change run.root.")
+        raise _unwritten(temporary, failed)
     marker = _marker(learner)
     _on_rank0(learner, lambda: _finish(temporary, directory, marker))
+
+
+def _write(learner: "Learner", temporary: Path) -> str:
+    """What went wrong and every rank knows of, or nothing."""
+    try:
+        with _in_process_results():
+            dist_checkpointing.save(_state(learner, loading=False), str(temporary))
+    except CheckpointException as error:  # of torch, no Exception; the writers agree before they raise it
+        return _last_line(error)
+    except Exception as error:
+        if learner.layout.world_size == 1:
+            return _last_line(error)
+        # The others are in some collective of dist_checkpointing: joining them in another one would hang the job.
+        log.exception("rank %d failed alone while saving", learner.layout.rank)
+        raise _unwritten(temporary, _last_line(error)) from error
+    return ""
+
+
+def _unwritten(temporary: Path, problem: str) -> CheckpointError:
+    directory = temporary.with_name(temporary.name.removesuffix(TEMPORARY))
+    return CheckpointError(f"{directory} could not be written: {problem}. Free some space, or change run.root.")
 
 
 def load(learner: "Learner", directory: Path, *, weights_only: bool) -> None:
@@ -65,10 +87,12 @@ def load(learner: "Learner", directory: Path, *, weights_only: bool) -> None:
     Raises:
         CheckpointError: missing, incomplete, of another model, unreadable, or with other weights than were saved.
     """
-    marker = read_marker(directory)
+    # One rank reads for all: on a shared file system the others may not see the same, or nothing yet.
+    marker = _on_rank0(learner, lambda: read_marker(directory))
     _check_model(marker, learner, directory)
     if not weights_only:
         _check_data(marker, learner, directory)
+        _check_optimizer(marker, learner, directory)
     state = _state(learner, loading=True, weights_only=weights_only, same_layout=marker["layout"] == _layout(learner))
     try:
         loaded = dist_checkpointing.load(state, str(directory))
@@ -170,6 +194,7 @@ def _marker(learner: "Learner") -> dict[str, Any]:
         "layout": _layout(learner),
         "model": _model(learner),
         "data_hash": data_hash(learner.config),
+        "distributed": learner.config.optimizer.distributed,
         "dtype": learner.config.model.dtype,
         "checksum": learner.checksum(),
     }
@@ -191,6 +216,18 @@ def _check_data(marker: dict[str, Any], learner: "Learner", directory: Path) -> 
         raise CheckpointError(
             f"checkpoint {directory} belongs to a run on other data (task, batch, sampling, replay or seed changed). "
             f"Set run.name to a new run; model.init={directory} starts it from these weights."
+        )
+
+
+def _check_optimizer(marker: dict[str, Any], learner: "Learner", directory: Path) -> None:
+    """Megatron's two kinds of optimizers write states that the other does not read."""
+    wanted = learner.config.optimizer.distributed
+    saved = marker.get("distributed", wanted)
+    if saved != wanted:
+        raise CheckpointError(
+            f"checkpoint {directory} was saved with optimizer.distributed={str(saved).lower()}, this run has "
+            f"{str(wanted).lower()}. Set it back, or set run.name to a new run; model.init={directory} starts it from "
+            "these weights with a new optimizer."
         )
 
 
@@ -267,14 +304,16 @@ def _finish(temporary: Path, directory: Path, marker: dict[str, Any]) -> None:
         os.close(parent)
 
 
-def _on_rank0(learner: "Learner", action: Callable[[], None]) -> None:
-    """Run file operations on one rank; if they fail, every rank raises."""
-    box = [""]
+def _on_rank0(learner: "Learner", action: Callable[[], Result]) -> Result:
+    """Run file operations on one rank and tell all what they returned; if they fail, every rank raises."""
+    box: list[Any] = ["", None]
     if learner.layout.rank == 0:
         try:
-            action()
+            box[1] = action()
         except OSError as error:  # CheckpointError is one, too
-            box = [str(error) or type(error).__name__]
+            box[0] = str(error) or type(error).__name__
     dist.broadcast_object_list(box, src=0, device=learner.layout.device)
-    if box[0]:
-        raise CheckpointError(box[0])
+    problem, result = box
+    if problem:
+        raise CheckpointError(problem)
+    return cast(Result, result)

@@ -1,5 +1,6 @@
 """Programs that test ranks run (see asympo_megatron.testing.megatron); not tests themselves."""
 
+import errno
 import os
 import random
 import threading
@@ -8,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
 
 from asympo_megatron.batch import ObjectiveOutput, ResponseBatch
 from asympo_megatron.config import Config
 from asympo_megatron.config.validate import validate
-from asympo_megatron.errors import AsympoError
-from asympo_megatron.mcore import Layout, Learner, Row, cpu, initialize, shutdown
+from asympo_megatron.errors import AsympoError, CheckpointError
+from asympo_megatron.mcore import Layout, Learner, Row, checkpoint, cpu, initialize, shutdown
 from asympo_megatron.mcore.loss import ForwardStep
 from asympo_megatron.objectives import build_objective
 from asympo_megatron.packing import plan_microbatches
@@ -193,6 +195,44 @@ def refusals(_: dict[str, Any]) -> dict[str, str]:
             result[name] = f"{type(error).__name__}: {error}"
     result["checksum"] = learner.checksum()
     return result
+
+
+def failing_save(payload: dict[str, Any]) -> str:
+    """The first rank alone fails to write the part of a checkpoint that all ranks have in common."""
+    join_group("failing save")
+    _, layout, learner = build({})
+
+    def over_quota(*_: Any) -> None:
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    if layout.rank == 0:
+        TorchCommonSaveStrategy.save_common = over_quota
+    try:
+        learner.save(payload["save"])
+    except AsympoError as error:
+        return f"{type(error).__name__}: {error}"
+    return "saved"
+
+
+def markers(payload: dict[str, Any]) -> list[str]:
+    """Load where only the first rank sees the checkpoint, then where it sees none."""
+    join_group("markers")
+    _, layout, learner = build({})
+    learner.save(payload["save"])
+
+    def blind(directory: Path) -> dict[str, Any]:
+        raise CheckpointError(f"checkpoint {directory} is not seen here.")
+
+    if layout.rank > 0:
+        checkpoint.read_marker = blind
+    seen = []
+    for name in (payload["save"], payload["save"] + "-gone"):
+        try:
+            learner.load(name)
+            seen.append("loaded")
+        except AsympoError as error:
+            seen.append(str(error))
+    return seen
 
 
 def scatter_views(_: dict[str, Any]) -> list[list[float]]:

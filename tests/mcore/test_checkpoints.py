@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import resource
 import shutil
 from collections import namedtuple
@@ -191,6 +192,14 @@ def test_full_disk_leaves_nothing_half_written(tmp_path: Path, one_rank: None, s
     assert checkpoints.newest() == checkpoints.root / "step_000002"
 
 
+def test_one_rank_that_fails_to_save_does_not_wait_for_the_others(tmp_path: Path) -> None:
+    """The first rank ends at once; the other, inside dist_checkpointing, then loses its peer instead of hanging."""
+    first, second = run_ranks(f"{PROGRAM}:failing_save", 2, {"save": str(tmp_path / "step")}, timeout_s=60)
+    assert re.search("^CheckpointError: .*step could not be written: OSError: .*Disk quota exceeded", first)
+    assert re.search("^CheckpointError: .*step could not be written: .*[Cc]onnection", second)
+    assert not (tmp_path / "step").exists()
+
+
 def test_lack_of_space_is_seen_beforehand(tmp_path: Path, one_rank: None, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoints, learner = _saved(tmp_path, 0)
     usage = namedtuple("usage", "total used free")
@@ -215,6 +224,24 @@ def test_refusals(tmp_path: Path, one_rank: None) -> None:
     (newest / MARKER).write_text(json.dumps({**marker, "format": 99}))
     with pytest.raises(CheckpointError, match="format 99, expected 1"):
         other.load(newest)
+
+
+def test_another_kind_of_optimizer(tmp_path: Path, one_rank: None) -> None:
+    """Its state cannot be read, its weights can."""
+    checkpoints, saved = _saved(tmp_path, 1)
+    newest, checksum = checkpoints.newest(), saved.checksum()
+    assert newest is not None
+    _, _, learner = build({"config": {"optimizer": {"distributed": True}}})
+    with pytest.raises(CheckpointError, match=r"optimizer.distributed=false, this run has true\. .*; model.init="):
+        learner.load(newest)
+    learner.load(newest, weights_only=True)
+    assert learner.checksum() == checksum
+
+
+def test_one_rank_reads_the_marker_for_all(tmp_path: Path) -> None:
+    for seen in run_ranks(f"{PROGRAM}:markers", 2, {"save": str(tmp_path / "step")}, timeout_s=60):
+        assert seen[0] == "loaded"
+        assert seen[1].endswith("step-gone does not exist.")
 
 
 def test_random_state_travels(tmp_path: Path, one_rank: None) -> None:
