@@ -32,6 +32,7 @@ def test_asympo_run_refuses_before_anything_starts(tmp_path, capsys, arguments, 
     assert not list(tmp_path.rglob("*.log")), "a role was started"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -155,6 +156,7 @@ def test_a_loss_that_is_not_finite_keeps_the_state(bench):
     assert kept == [f"step_{steps[-1] if steps else 0:06d}"]
 
 
+@pytest.mark.slow
 def test_an_engine_that_never_gets_ready_ends_the_run(bench):
     with socket.socket() as silent:  # accepts connections, never answers
         silent.bind(("127.0.0.1", 0))

@@ -83,6 +83,7 @@ def test_asynchronous_run_leaves_metrics_report_and_the_last_weights(bench):
     assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["step_000002", "step_000004"]
 
 
+@pytest.mark.slow
 def test_a_dead_engine_ends_the_run_with_its_name(bench):
     process = start_and_wait_for_a_step(bench, "engine_dies")
     family = psutil.Process(process.pid).children(recursive=True)
