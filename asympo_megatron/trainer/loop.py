@@ -3,7 +3,6 @@
 lease(s) -> plan -> samples -> learner.step -> weights s + 1 -> publish -> checkpoint -> metrics row s + 1
 """
 
-import logging
 import time
 
 from asympo_megatron import protocol
@@ -14,8 +13,6 @@ from asympo_megatron.packing import attention_cost, plan_microbatches
 from asympo_megatron.trainer.publisher import Publisher
 from asympo_megatron.trainer.rows import MetricsRows
 from asympo_megatron.trainer.sources import Source
-
-log = logging.getLogger(__name__)
 
 
 class TrainingLoop:
