@@ -6,13 +6,13 @@ Every seed has its own warm start, its own words and its own order. Prints one J
 FALLS SHORT. --quick runs one seed. Figures: docs/quickstart.md.
 """
 
-import argparse
-import json
 import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+import harness
 
 from asympo_megatron.metrics import read_rows
 
@@ -23,20 +23,19 @@ GOAL_TRAINING_S = 180.0
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[101, 102, 103])
-    parser.add_argument("--quick", action="store_true", help="the first seed only")
     parser.add_argument("--root", type=Path, default=Path("runs/benchmark"))
     parser.add_argument("overrides", nargs="*", metavar="a.b=c")
     arguments = parser.parse_intermixed_args()
-    seeds = arguments.seeds[:1] if arguments.quick else arguments.seeds
-    oks = [ok for seed in seeds for ok in run_seed(seed, arguments.root, arguments.overrides)]
-    print("PASS" if all(oks) else "FALLS SHORT")
-    return 0 if all(oks) else 1
+    report = harness.Report("quickstart", save=arguments.save)
+    for seed in arguments.seeds[:1] if arguments.quick else arguments.seeds:
+        run_seed(report, seed, arguments.root, arguments.overrides)
+    return report.finish()
 
 
-def run_seed(seed: int, root: Path, overrides: list[str]) -> list[bool]:
-    """One whole quickstart from nothing; returns whether each figure meets its goal."""
+def run_seed(report: harness.Report, seed: int, root: Path, overrides: list[str]) -> None:
+    """One whole quickstart from nothing."""
     run_dir = root / f"seed{seed}"
     shutil.rmtree(run_dir, ignore_errors=True)
     options = [f"run.seed={seed}", f"run.root={root}", f"run.name=seed{seed}", *overrides]
@@ -54,20 +53,12 @@ def run_seed(seed: int, root: Path, overrides: list[str]) -> list[bool]:
     warm, final = accuracy[0], accuracy[max(accuracy)]
     lag = sum(row["lag/mean"] for row in trained) / len(trained)
     training_s = rows[-1]["time_s"] + warm_rows[-1]["time_s"]
-    return [
-        show(seed, "accuracy_before_rl", warm, "fraction", f"in {WARM_RANGE}", WARM_RANGE[0] <= warm <= WARM_RANGE[1]),
-        show(seed, "accuracy_after_rl", final, "fraction", f">= {GOAL_ACCURACY}", final >= GOAL_ACCURACY),
-        show(seed, "mean_lag", lag, "steps", f"> {GOAL_LAG}", lag > GOAL_LAG),
-        show(seed, "max_lag", max(row["lag/max"] for row in trained), "steps", None, True),
-        show(seed, "training_time", training_s, "s", f"<= {GOAL_TRAINING_S}", training_s <= GOAL_TRAINING_S),
-        show(seed, "wall_time", wall_s, "s", None, True),
-    ]
-
-
-def show(seed: int, name: str, value: float, unit: str, goal: str | None, ok: bool) -> bool:
-    line = {"name": f"quickstart/{name}", "seed": seed, "value": round(value, 4), "unit": unit, "goal": goal, "ok": ok}
-    print(json.dumps(line), flush=True)
-    return ok
+    report.within("quickstart/accuracy_before_rl", warm, "fraction", *WARM_RANGE, seed=seed)
+    report.at_least("quickstart/accuracy_after_rl", final, "fraction", GOAL_ACCURACY, seed=seed)
+    report.at_least("quickstart/mean_lag", lag, "steps", GOAL_LAG, seed=seed)
+    report.show("quickstart/max_lag", max(row["lag/max"] for row in trained), "steps", seed=seed)
+    report.at_most("quickstart/training_time", training_s, "s", GOAL_TRAINING_S, seed=seed)
+    report.show("quickstart/wall_time", wall_s, "s", seed=seed)
 
 
 if __name__ == "__main__":
