@@ -13,11 +13,9 @@ from pathlib import Path
 
 import msgspec
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
-from asympo_megatron.errors import PublishError
+from asympo_megatron.errors import AsympoError, PublishError
 from asympo_megatron.sync.manifest import (
     MANIFEST_NAME,
     FileEntry,
@@ -27,6 +25,7 @@ from asympo_megatron.sync.manifest import (
     verify_version,
     version_path,
 )
+from asympo_megatron.sync.shard_file import ShardFile
 
 SHARD_BYTES = 4 << 30
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".index.json")
@@ -48,7 +47,7 @@ def write_version(
         root: directory of all versions; created if missing.
         version: number of this version, never used before.
         step: optimizer steps that led to these weights.
-        tensors: (Hugging Face name, tensor) pairs; read once, one shard in memory at a time.
+        tensors: (Hugging Face name, tensor) pairs; read once, one in memory at a time.
         checksum: checksum of the weights, written into the manifest.
         model_files: directory with config.json and tokenizer files, copied beside the weights.
         dtype: floating tensors are converted to it; None keeps theirs.
@@ -64,12 +63,35 @@ def write_version(
     if target.exists():
         return _existing(target, step, checksum)
     temporary = temporary_path(root, version, f"{os.getpid()}-{secrets.token_hex(4)}")
+    described = Manifest(version=version, step=step, checksum=checksum, files={})
+    write_model(target, temporary, described, tensors, model_files, dtype, shard_bytes)
+    return target
+
+
+def write_model(
+    target: Path,
+    temporary: Path,
+    described: Manifest,
+    tensors: Iterable[tuple[str, Tensor]],
+    model_files: str | Path,
+    dtype: torch.dtype | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write a Hugging Face directory at ``temporary`` and rename it to ``target``; one tensor in memory at a time.
+
+    Args:
+        described: manifest without its files, which are added.
+        tensors, model_files, dtype, shard_bytes: see :func:`write_version`.
+
+    Raises:
+        PublishError: it could not be written; nothing partial stays behind.
+    """
     try:
         temporary.mkdir(parents=True)
         names = _copy_model_files(Path(model_files), temporary)
         names += _write_shards(temporary, _prepared(tensors, dtype), shard_bytes)
         files = {name: FileEntry((temporary / name).stat().st_size, file_digest(temporary / name)) for name in names}
-        manifest = Manifest(version=version, step=step, checksum=checksum, files=files)
+        manifest = msgspec.structs.replace(described, files=files)
         (temporary / MANIFEST_NAME).write_bytes(msgspec.json.format(msgspec.json.encode(manifest)))
         for name in (*names, MANIFEST_NAME, "."):
             _fsync(temporary / name)
@@ -77,10 +99,9 @@ def write_version(
         _fsync(target.parent)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, OSError | SafetensorError) and not isinstance(error, PublishError):
+        if isinstance(error, OSError) and not isinstance(error, AsympoError):
             raise PublishError(_unwritable(target, error)) from error
         raise
-    return target
 
 
 def _existing(target: Path, step: int, checksum: str) -> Path:
@@ -102,35 +123,27 @@ def _prepared(tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None) 
         tensor = tensor.detach()
         if dtype is not None and tensor.is_floating_point():
             tensor = tensor.to(dtype)
-        tensor = tensor.cpu().contiguous()
-        # safetensors refuses tensors that share storage (tied embeddings, slices of a fused weight).
-        yield name, tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+        yield name, tensor.cpu().contiguous()
     if not seen:
         raise PublishError("no tensor was given; a version without weights cannot be loaded.")
 
 
 def _write_shards(folder: Path, tensors: Iterator[tuple[str, Tensor]], shard_bytes: int) -> list[str]:
     """Write shards as they fill. Their number is known only at the end, so the final names are given then."""
-    shards: list[list[str]] = []
-    total_bytes = held_bytes = 0
-    held: dict[str, Tensor] = {}
-    held_pointers: set[int] = set()
-
-    def flush() -> None:
-        save_file(held, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
-        shards.append(list(held))
-
-    for name, tensor in tensors:
-        if held and held_bytes + tensor.nbytes > shard_bytes:
-            flush()
-            held, held_bytes, held_pointers = {}, 0, set()
-        # A second name of one whole storage: a copy, for the reason given above.
-        held[name] = tensor.clone() if tensor.data_ptr() in held_pointers else tensor
-        held_pointers.add(tensor.data_ptr())
-        held_bytes += tensor.nbytes
-        total_bytes += tensor.nbytes
-    flush()
-    return _name_shards(folder, shards, total_bytes)
+    shards = [ShardFile(folder / "shard-0")]
+    try:
+        for name, tensor in tensors:
+            shard = shards[-1]
+            full = shard.data_bytes + tensor.nbytes > shard_bytes or not shard.has_room_for(name, tensor)
+            if shard.names and full:
+                shard.close()
+                shard = ShardFile(folder / f"shard-{len(shards)}")
+                shards.append(shard)
+            shard.add(name, tensor)
+        shards[-1].close()
+    finally:
+        shards[-1].abandon()
+    return _name_shards(folder, [shard.names for shard in shards], sum(shard.data_bytes for shard in shards))
 
 
 def _name_shards(folder: Path, shards: list[list[str]], total_bytes: int) -> list[str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from asympo_megatron.sync import (
     list_versions,
     prune_versions,
     read_manifest,
+    shard_file,
     verify_version,
     version_path,
     write_version,
@@ -90,8 +92,9 @@ def test_tensors_that_share_or_cut_storage_are_written_whole(tmp_path: Path, mod
     assert {name: tensor.tolist() for name, tensor in loaded.items()} == {n: t.tolist() for n, t in tensors}
 
 
-def test_tensors_are_read_one_shard_at_a_time(tmp_path: Path, model_files: Path) -> None:
-    """Each tensor is released once its shard is written."""
+def test_tensors_are_held_one_at_a_time(tmp_path: Path, model_files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each tensor is released once it is written, long before its shard is full."""
+    monkeypatch.setattr(shard_file, "HELD_BYTES", 0)
     alive: list[weakref.ref] = []
     most = 0
 
@@ -104,8 +107,54 @@ def test_tensors_are_read_one_shard_at_a_time(tmp_path: Path, model_files: Path)
             del tensor
             most = max(most, sum(reference() is not None for reference in alive))
 
-    write_version(tmp_path / "w", 1, 1, stream(), "x", model_files, shard_bytes=800)
-    assert 1 <= most <= 3  # two fill a shard; a third is the one that did not fit
+    write_version(tmp_path / "w", 1, 1, stream(), "x", model_files, shard_bytes=4000)
+    assert most == 1
+
+
+@pytest.mark.parametrize("held_bytes", [0, 1 << 20])
+def test_the_library_reads_what_was_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held_bytes: int) -> None:
+    """Held back or streamed behind room for the header; every dtype, no elements, no axes, names of any length."""
+    monkeypatch.setattr(shard_file, "HELD_BYTES", held_bytes)
+    generator = torch.Generator().manual_seed(3)
+    tensors = {
+        f"{dtype}".ljust(length, "x"): torch.randint(0, 2, shape, generator=generator).to(dtype)
+        for dtype, shape, length in zip(
+            shard_file.DTYPES,
+            [(), (0,), (1,), (3, 5), (2, 1, 3), (7,), (4, 0), (9,), (2,), (5,)],
+            range(1, 100, 10),
+            strict=True,
+        )
+    }
+    file = shard_file.ShardFile(tmp_path / "a.safetensors", header_bytes=4096)
+    for name, tensor in tensors.items():
+        file.add(name, tensor)
+    file.close()
+    loaded = load_file(tmp_path / "a.safetensors")
+    assert set(loaded) == set(tensors)
+    for name, tensor in tensors.items():
+        assert loaded[name].dtype == tensor.dtype
+        assert torch.equal(loaded[name], tensor), name
+    with safe_open(tmp_path / "a.safetensors", framework="pt") as opened:
+        assert opened.metadata() == {"format": "pt"}
+
+
+def test_a_shard_ends_where_its_header_is_full(
+    tmp_path: Path, model_files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shard_file, "HELD_BYTES", 0)
+    monkeypatch.setattr(disk, "ShardFile", lambda path: shard_file.ShardFile(path, header_bytes=256))
+    tensors = {f"t{number}": torch.full((4,), float(number)) for number in range(9)}
+    path = write_version(tmp_path / "w", 1, 1, tensors.items(), "x", model_files)
+    index = json.loads((path / "model.safetensors.index.json").read_text())["weight_map"]
+    assert len(set(index.values())) > 2
+    for name, tensor in tensors.items():
+        assert torch.equal(load_file(path / index[name])[name], tensor)
+
+
+def test_a_dtype_without_a_name_in_the_format(tmp_path: Path, model_files: Path) -> None:
+    with pytest.raises(PublishError, match=r"tensors of torch.complex64 cannot be written; convert to torch.float64"):
+        write_version(tmp_path / "w", 1, 1, [("a", torch.ones(2, dtype=torch.complex64))], "x", model_files)
+    assert os.listdir(tmp_path / "w") == []
 
 
 @pytest.mark.parametrize(
@@ -133,11 +182,11 @@ def test_a_full_disk_leaves_nothing_and_says_what_to_do(
     root = tmp_path / "w"
     publish(root, 1, model_files)
 
-    def full(tensors: object, file: Path, metadata: object) -> None:
-        Path(file).write_bytes(b"half a shard")
+    def full(self: shard_file.ShardFile, name: str, tensor: Tensor) -> None:
+        self._path.write_bytes(b"half a shard")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(disk, "save_file", full)
+    monkeypatch.setattr(shard_file.ShardFile, "add", full)
     with pytest.raises(PublishError, match=r"v000002 could not be written.*No space left.*Free space.*run\.root"):
         publish(root, 2, model_files)
     assert os.listdir(root) == ["v000001"]
