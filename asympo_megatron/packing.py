@@ -109,20 +109,27 @@ def _padded(lengths: Sequence[int], dp_size: int, max_tokens: int, pad_multiple:
 def _balance(
     rows: Sequence[int], tokens: Sequence[int], costs: Sequence[float], bins: int, max_tokens: int
 ) -> list[list[int]] | None:
-    """Longest processing time first: each row to the cheapest bin that has room; None when some row finds none."""
+    """Longest processing time first: each row to the cheapest bin that has room; None when some row finds none.
+
+    Rows come longest first, but for odd cost functions: a bin found too full for one waits aside until rows are short
+    enough, instead of being passed over again for every row in between.
+    """
     filled: list[list[int]] = [[] for _ in range(bins)]
-    heap = [(0.0, index, 0) for index in range(bins)]
+    heap = [(0.0, index, max_tokens) for index in range(bins)]  # (cost, bin, free tokens), cheapest first
+    aside: list[tuple[int, int, float]] = []  # (-free tokens, bin, cost), emptiest first
     for row in rows:
-        full = []
-        while heap and heap[0][2] + tokens[row] > max_tokens:
-            full.append(heapq.heappop(heap))
+        size = tokens[row]
+        while aside and -aside[0][0] >= size:
+            free, index, load = heapq.heappop(aside)
+            heapq.heappush(heap, (load, index, -free))
+        while heap and heap[0][2] < size:
+            load, index, free = heapq.heappop(heap)
+            heapq.heappush(aside, (-free, index, load))
         if not heap:
             return None
-        load, index, used = heap[0]
+        load, index, free = heap[0]
         filled[index].append(row)
-        heapq.heapreplace(heap, (load + costs[row], index, used + tokens[row]))
-        for entry in full:
-            heapq.heappush(heap, entry)
+        heapq.heapreplace(heap, (load + costs[row], index, free - size))
     return filled
 
 
