@@ -88,6 +88,7 @@ RULES: Mapping[str, _Rule] = {
     "run.name": (_is_name, "it names a directory in run.root: not empty, no path separator, neither . nor .."),
     "run.local_ranks": _COUNT,
     "parallel.virtual_pipeline": _COUNT,
+    "parallel.expert_tensor": _COUNT,
     "optimizer.beta1": _DECAY,
     "optimizer.beta2": _DECAY,
     "rollout.label_noise": (lambda value: 0 <= value < 1, "it is a probability below 1"),

@@ -54,7 +54,14 @@ class ParallelConfig:
     context: int = 1
     """CP: ranks that share one packed sequence. What remains of the world size is data parallel."""
     expert: int = 1
-    """EP; the supported families are dense, so 1."""
+    """EP: ranks, among those of TP, CP and DP, that share the experts of a mixture."""
+    expert_tensor: int | None = None
+    """Ranks that share the matrices of one expert; null: as many as `tensor`."""
+
+    @property
+    def expert_tensor_size(self) -> int:
+        """``expert_tensor``, or what null stands for."""
+        return self.tensor if self.expert_tensor is None else self.expert_tensor
 
 
 @dataclass

@@ -148,10 +148,11 @@ def _check_parallel(config: Config) -> None:
         raise ConfigError("parallel.sequence=true needs parallel.tensor of 2 or more.")
     if parallel.virtual_pipeline is not None and parallel.pipeline < 2:
         raise ConfigError("parallel.virtual_pipeline needs parallel.pipeline of 2 or more.")
-    if parallel.expert > 1:
+    if parallel.expert == 1 and parallel.expert_tensor_size != parallel.tensor:
         raise ConfigError(
-            f"parallel.expert is {parallel.expert}, but the supported model families are dense; mixtures of experts "
-            "are not supported yet. Set parallel.expert=1."
+            f"parallel.expert_tensor={parallel.expert_tensor} with parallel.expert=1 and parallel.tensor="
+            f"{parallel.tensor}: Megatron-Core then sums gradients of experts over the wrong ranks. "
+            "Set parallel.expert to 2 or more, or parallel.expert_tensor=null."
         )
 
 

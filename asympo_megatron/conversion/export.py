@@ -1,4 +1,4 @@
-"""Megatron-Core -> Hugging Face: whole tensors, one at a time, from any TP x PP layout."""
+"""Megatron-Core -> Hugging Face: whole tensors, one at a time, from any TP x PP x EP layout."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -18,6 +18,7 @@ ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
 }
 
 
@@ -77,19 +78,18 @@ def _survey(
     local: Mapping[str, Shard], learner: Learner
 ) -> tuple[dict[str, list[int]], dict[str, tuple[tuple[int, ...], torch.dtype]]]:
     """Per parameter: the tensor-parallel ranks of the first replica that hold it, and its whole shape and dtype."""
-    layout = learner.layout
-    first_replica = layout.dp_rank == 0 and layout.groups.context_rank == 0
     mine = {}
     for name, shard in local.items():
-        shape = (shard.true_rows, *shard.global_shape[1:])
-        mine[name] = (shard.rank, shape, shard.param.dtype)
-    held: list[Any] = [None] * layout.world_size
-    dist.all_gather_object(held, mine if first_replica else {})
+        if shard.replica == 0:
+            shape = (shard.true_rows, *shard.global_shape[1:])
+            mine[name] = (shard.rank, shard.size, shape, shard.param.dtype)
+    held: list[Any] = [None] * learner.layout.world_size
+    dist.all_gather_object(held, mine)
     owners: dict[str, list[int]] = {}
     descriptions = {}
     for rank, names in enumerate(held):
-        for name, (tensor_rank, shape, dtype) in names.items():
-            owners.setdefault(name, [0] * layout.groups.tensor_size)[tensor_rank] = rank
+        for name, (tensor_rank, tensor_size, shape, dtype) in names.items():
+            owners.setdefault(name, [0] * tensor_size)[tensor_rank] = rank
             descriptions[name] = (shape, dtype)
     return owners, descriptions
 
@@ -101,7 +101,7 @@ def _collect(
     whole = torch.empty(shape, dtype=dtype, device="meta")
     if layout.rank in owners:
         assert shard is not None
-        whole = _gather(shard, learner)
+        whole = _gather(shard)
         if layout.rank == owners[0] and layout.rank != 0:
             dist.send(whole.contiguous(), dst=0)
     if layout.rank != 0:
@@ -112,10 +112,10 @@ def _collect(
     return whole.cpu()
 
 
-def _gather(shard: Shard, learner: Learner) -> Tensor:
+def _gather(shard: Shard) -> Tensor:
     param = shard.param.detach().contiguous()
     if shard.dim is None:
         return shard.join([param])
     parts = [torch.empty_like(param) for _ in range(shard.size)]
-    dist.all_gather(parts, param, group=learner.layout.groups.tensor)
+    dist.all_gather(parts, param, group=shard.group)
     return shard.join(parts)

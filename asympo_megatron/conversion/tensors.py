@@ -32,7 +32,8 @@ def join_from_hf(entry: Entry, parts: Sequence[Tensor], facts: ModelFacts) -> Te
 
 def hf_shapes(entry: Entry, facts: ModelFacts) -> list[tuple[int, ...]]:
     """Shapes that the config demands of the tensors of ``entry``."""
-    hidden, ffn, dim = facts.hidden_size, facts.ffn_size, facts.head_dim
+    hidden, dim = facts.hidden_size, facts.head_dim
+    ffn = facts.moe.ffn_size if facts.moe and ".experts." in entry.megatron else facts.ffn_size
     query, key = facts.num_heads * dim, facts.num_kv_heads * dim
     if entry.join == "gate_up":
         return [(ffn, hidden)] * 2
@@ -46,6 +47,8 @@ def hf_shapes(entry: Entry, facts: ModelFacts) -> list[tuple[int, ...]]:
         return [(hidden, ffn)]
     if name.endswith(("q_layernorm.weight", "k_layernorm.weight")):
         return [(dim,)]
+    if facts.moe and name.endswith("router.weight"):
+        return [(facts.moe.num_experts, hidden)]
     return [(hidden,)] if "norm" in name else [(facts.vocab_size, hidden)]
 
 

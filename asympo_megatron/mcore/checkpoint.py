@@ -182,8 +182,13 @@ def _layout(learner: "Learner") -> dict[str, Any]:
 
 
 def _model(learner: "Learner") -> dict[str, Any]:
+    """The facts as JSON reads them back."""
     facts = dataclasses.asdict(learner.plan.facts)
-    return {**facts.pop("family"), **facts}
+    moe = facts.pop("moe")
+    if moe is not None:
+        del moe["aux_loss_coef"]  # of training, not of the model
+        moe["dense_layers"] = list(moe["dense_layers"])
+    return {**facts.pop("family"), **facts, "moe": moe}
 
 
 def _marker(learner: "Learner") -> dict[str, Any]:

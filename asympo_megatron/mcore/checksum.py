@@ -5,7 +5,6 @@ from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from torch import Tensor
 
 from asympo_megatron.mcore.shards import Shard
@@ -30,12 +29,11 @@ def weights_checksum(shards: Iterable[Shard]) -> str:
     integer joins them.
     """
     total: Tensor | None = None
-    holds_replica = parallel_state.get_data_parallel_rank(with_context_parallel=True) > 0
     for shard in shards:
         if total is None:
             total = torch.zeros((), dtype=torch.int64, device=shard.param.device)
         replicated = shard.dim is None and shard.rank > 0
-        if not (holds_replica or replicated or shard.is_copy):
+        if not (shard.replica > 0 or replicated or shard.is_copy):
             total += _shard_sum(shard)
     assert total is not None
     if dist.get_world_size() > 1:

@@ -41,6 +41,7 @@ class MicroBatch:
         tokens: int64 [1, T] inputs. targets: int64 [1, T], the next token of each.
         packed: lengths and layouts of the packed sequences.
         responses: ids, advantages and counts, aligned with the targets.
+        padding: bool [1, T], True for inputs that only fill up a sequence: routers of experts must not count them.
         real_tokens: input tokens without padding, of all context-parallel ranks together.
     """
 
@@ -48,6 +49,7 @@ class MicroBatch:
     targets: Tensor
     packed: PackedSequences
     responses: ResponseBatch
+    padding: Tensor
     real_tokens: int
 
 
@@ -84,7 +86,7 @@ def collate(rows: Sequence[Row], layout: Layout) -> MicroBatch:
     A response without a trained token travels as a row (it counts in N) and costs no compute; nor do the tokens
     behind the last trained one. Without any trained token, a dummy sequence keeps every collective in step.
     """
-    tokens, targets, response_ids, lengths = [], [], [], []
+    tokens, targets, response_ids, fill, lengths = [], [], [], [], []
     logprobs: list[float] | None = []
     padded = 0
     for number, row in enumerate(rows):
@@ -99,6 +101,7 @@ def collate(rows: Sequence[Row], layout: Layout) -> MicroBatch:
         targets += sequence[1:] + [0] * padding
         trained = [number if bit else UNTRAINED for bit in row.mask[:used]]
         response_ids += [UNTRAINED] * silent + trained + [UNTRAINED] * padding
+        fill += [0] * size + [1] * padding
         lengths.append(size + padding)
         padded += padding
         if logprobs is not None and row.behavior_logprobs is not None:
@@ -110,6 +113,7 @@ def collate(rows: Sequence[Row], layout: Layout) -> MicroBatch:
         lengths = [layout.pad_multiple]
         tokens = targets = [0] * layout.pad_multiple
         response_ids = [UNTRAINED] * layout.pad_multiple
+        fill = [1] * layout.pad_multiple
         logprobs = [0.0] * layout.pad_multiple
     groups, device = layout.groups, layout.device
     packed = PackedSequences.of(lengths, device, groups.context_size, groups.context_rank)
@@ -126,7 +130,7 @@ def collate(rows: Sequence[Row], layout: Layout) -> MicroBatch:
         behavior_logprob_T=None if logprobs is None else local(logprobs, torch.float32),
     )
     inputs, labels = local(tokens, torch.int64)[None], local(targets, torch.int64)[None]
-    return MicroBatch(inputs, labels, packed, responses, real_tokens)
+    return MicroBatch(inputs, labels, packed, responses, local(fill, torch.bool)[None], real_tokens)
 
 
 def _used_tokens(row: Row) -> int:

@@ -1,4 +1,4 @@
-"""A Hugging Face config.json read into the few facts that decide a dense decoder."""
+"""A Hugging Face config.json read into the few facts that decide a decoder, dense or a mixture of experts."""
 
 import difflib
 from collections.abc import Mapping
@@ -13,10 +13,11 @@ LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_po
 
 @dataclass(frozen=True)
 class Family:
-    """What distinguishes one family of dense decoders from another."""
+    """What distinguishes one family of decoders from another."""
 
     qkv_bias: bool = False
     qk_norm: bool = False
+    moe: bool = False
     head_dim: int | None = None
     """Default of transformers when config.json has none; null: hidden_size / num_attention_heads."""
 
@@ -26,6 +27,7 @@ FAMILIES = {
     "qwen2": Family(qkv_bias=True),
     "llama": Family(),
     "mistral": Family(),
+    "qwen3_moe": Family(qk_norm=True, moe=True),
 }
 
 _REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
@@ -45,16 +47,48 @@ _OPTIONAL = (
     "use_sliding_window",
     "partial_rotary_factor",
 )
+_MOE_OPTIONAL = (
+    "num_experts",
+    "num_local_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "norm_topk_prob",
+    "decoder_sparse_step",
+    "mlp_only_layers",
+    "router_aux_loss_coef",
+)
+
+
+@dataclass(frozen=True)
+class MoEFacts:
+    """The mixture of experts in some or all layers.
+
+    Args:
+        top_k: experts of each token.
+        ffn_size: of one expert.
+        norm_top_k: the weights of a token's experts sum to 1; False: they are probabilities among all experts.
+        dense_layers: numbers of the layers that have one MLP of ``ModelFacts.ffn_size`` instead.
+        aux_loss_coef: of the load-balancing loss.
+    """
+
+    num_experts: int
+    top_k: int
+    ffn_size: int
+    norm_top_k: bool
+    dense_layers: tuple[int, ...]
+    aux_loss_coef: float
 
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """One dense decoder: RMSNorm, SwiGLU, rotary positions, grouped-query attention.
+    """One decoder: RMSNorm, SwiGLU, rotary positions, grouped-query attention.
 
     Args:
+        ffn_size: of a layer that is no mixture of experts.
         rope_factor: factor of the llama3 rule, or None.
         position_divisor: linear position interpolation, or None.
         sliding_window: attention window in tokens, or None for full attention.
+        moe: None for a dense decoder.
     """
 
     model_type: str
@@ -73,6 +107,11 @@ class ModelFacts:
     rope_factor: float | None
     position_divisor: float | None
     sliding_window: int | None
+    moe: MoEFacts | None = None
+
+    def is_moe_layer(self, number: int) -> bool:
+        """Whether the layer of this number, from 0, is a mixture of experts."""
+        return self.moe is not None and number not in self.moe.dense_layers
 
 
 def read_hf_config(hf: Mapping[str, Any]) -> ModelFacts:
@@ -85,12 +124,12 @@ def read_hf_config(hf: Mapping[str, Any]) -> ModelFacts:
     model_type = str(hf.get("model_type", ""))
     if model_type not in FAMILIES:
         raise UnknownNameError("model_type of the Hugging Face config", model_type, FAMILIES)
-    _check_spelling(hf)
+    family = FAMILIES[model_type]
+    _check_spelling(hf, family)
     missing = [name for name in _REQUIRED if not isinstance(hf.get(name), int)]
     if missing:
         raise ConfigError(f"the Hugging Face config lacks {', '.join(missing)}. Set it in config.json, or model.hf.")
     _check_supported(hf)
-    family = FAMILIES[model_type]
     theta, factor, divisor = _rope(hf)
     heads, hidden = hf["num_attention_heads"], hf["hidden_size"]
     head_dim = hf.get("head_dim") or family.head_dim
@@ -118,12 +157,39 @@ def read_hf_config(hf: Mapping[str, Any]) -> ModelFacts:
         rope_factor=factor,
         position_divisor=divisor,
         sliding_window=_sliding_window(hf),
+        moe=_moe(hf) if family.moe else None,
     )
 
 
-def _check_spelling(hf: Mapping[str, Any]) -> None:
+def _moe(hf: Mapping[str, Any]) -> MoEFacts:
+    """With the defaults of transformers' Qwen3MoeConfig; its version 5 writes num_experts as num_local_experts."""
+    experts = hf.get("num_experts", hf.get("num_local_experts", 128))
+    top_k, layers, step = hf.get("num_experts_per_tok", 8), hf["num_hidden_layers"], hf.get("decoder_sparse_step", 1)
+    if not 1 <= top_k <= experts:
+        raise ConfigError(
+            f"num_experts_per_tok={top_k} of the Hugging Face config must be at least 1 and at most "
+            f"num_experts={experts}: change one of them."
+        )
+    only = hf.get("mlp_only_layers") or ()
+    dense = tuple(number for number in range(layers) if number in only or (number + 1) % step)
+    if len(dense) == layers:
+        raise ConfigError(
+            f"mlp_only_layers={list(only)} and decoder_sparse_step={step} of the Hugging Face config leave none of the "
+            f"{layers} layers with experts. Change one of them, or set model_type=qwen3."
+        )
+    return MoEFacts(
+        num_experts=experts,
+        top_k=top_k,
+        ffn_size=hf.get("moe_intermediate_size", 768),
+        norm_top_k=bool(hf.get("norm_topk_prob", False)),
+        dense_layers=dense,
+        aux_loss_coef=float(hf.get("router_aux_loss_coef", 0.001)),
+    )
+
+
+def _check_spelling(hf: Mapping[str, Any], family: Family) -> None:
     """config.json has many fields that change nothing here, so only a near miss is an error."""
-    known = (*_REQUIRED, *_OPTIONAL)
+    known = (*_REQUIRED, *_OPTIONAL, *(_MOE_OPTIONAL if family.moe else ()))
     for name in hf:
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.9)
         if name not in known and near and near[0] not in hf:

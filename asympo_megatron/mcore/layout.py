@@ -54,6 +54,8 @@ def initialize(config: Config) -> Layout:
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
         context_parallel_size=parallel.context,
+        expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=parallel.expert_tensor_size,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(config.run.seed + 1)
     if device.type == "cpu":
@@ -77,16 +79,20 @@ def shutdown() -> None:
 
 def _check_world_size(config: Config, world_size: int) -> None:
     parallel = config.parallel
-    if parallel.expert > 1:
-        raise ConfigError(
-            f"parallel.expert is {parallel.expert}, but the supported model families are dense. Set parallel.expert=1."
-        )
     replica_size = parallel.tensor * parallel.pipeline * parallel.context
     if world_size % replica_size:
         raise ConfigError(
             f"{world_size} rank(s) cannot hold replicas of parallel.tensor={parallel.tensor} x "
             f"parallel.pipeline={parallel.pipeline} x parallel.context={parallel.context} = {replica_size} ranks. "
             f"Start a multiple of {replica_size} (torchrun --nproc-per-node), or lower one of the three."
+        )
+    expert_size = parallel.expert_tensor_size * parallel.expert * parallel.pipeline
+    if world_size % expert_size:
+        raise ConfigError(
+            f"{world_size} rank(s) cannot hold the experts of parallel.expert={parallel.expert} x "
+            f"{parallel.expert_tensor_size} (parallel.expert_tensor) x parallel.pipeline={parallel.pipeline} = "
+            f"{expert_size} ranks. Start a multiple of {expert_size} (torchrun --nproc-per-node), or lower "
+            "parallel.expert."
         )
 
 

@@ -20,6 +20,7 @@ from asympo_megatron.mcore.layout import Layout
 from asympo_megatron.mcore.loss import LOSS_SUM, RESPONSES, ForwardStep
 from asympo_megatron.mcore.model import build_chunks
 from asympo_megatron.mcore.model_config import plan_model
+from asympo_megatron.mcore.moe import ExpertBalance
 from asympo_megatron.mcore.optimizer import Schedule, build_optimizer, wrap_ddp
 from asympo_megatron.mcore.shards import Shard, draw_initial_weights, shards
 from asympo_megatron.parallel import merge_stats, reduce_stats
@@ -52,6 +53,9 @@ class Learner:
         self._schedule = Schedule(config, self.optimizer)
         self._forward_step = ForwardStep(objective, layout.groups)
         self._needs_logprobs = "behavior_logprob_T" in getattr(objective, "needs", ())
+        self._balance: ExpertBalance | None = None
+        if self.plan.facts.moe is not None:
+            self._balance = ExpertBalance(self.chunks, self.plan.transformer, objective, layout.groups)
         self._connect_schedule()
 
     def step(self, microbatches: Sequence[Sequence[Row]], num_responses: int) -> dict[str, float]:
@@ -71,6 +75,8 @@ class Learner:
         """
         self._agree(self._problem(microbatches))
         batches = [collate(rows, self.layout) for rows in self._full_waves(microbatches)]
+        if self._balance is not None:
+            self._balance.begin(batches)
         figures = self._forward_backward(batches)
         seen = int(figures.pop(RESPONSES))
         if seen != num_responses:
@@ -83,7 +89,8 @@ class Learner:
         self._schedule.set(self.step_count)
         self.optimizer.step()
         self.step_count += 1
-        return {**figures, "grad_norm": grad_norm, "lr": self.optimizer.param_groups[0]["lr"]}
+        routing = {} if self._balance is None else self._balance.figures()
+        return {**figures, **routing, "grad_norm": grad_norm, "lr": self.optimizer.param_groups[0]["lr"]}
 
     def shards(self) -> Iterator[Shard]:
         """Every local parameter with its place in the global model; weights are current when this returns."""
@@ -137,10 +144,12 @@ class Learner:
             transformer.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]
 
     def _full_waves(self, microbatches: Sequence[Sequence[Row]]) -> Sequence[Sequence[Row]]:
-        """At least one micro-batch, and with interleaved stages a multiple of the stages, as their schedule demands."""
-        wave = self.config.parallel.pipeline if self.config.parallel.virtual_pipeline else 1
-        missing = max(wave - len(microbatches), 0) or -len(microbatches) % wave
-        return [*microbatches, *([()] * missing)]
+        """At least one micro-batch; with interleaved stages a multiple of the stages, as their schedule demands."""
+        parallel = self.config.parallel
+        wave = parallel.pipeline if parallel.virtual_pipeline else 1
+        # Ranks that share experts are data-parallel ranks, and every micro-batch of one is a collective of all.
+        most = self._largest(len(microbatches)) if parallel.expert > 1 else len(microbatches)
+        return [*microbatches, *([()] * (-(-max(most, 1) // wave) * wave - len(microbatches)))]
 
     def _problem(self, microbatches: Sequence[Sequence[Row]]) -> AsympoError | None:
         try:

@@ -28,7 +28,14 @@ class ForwardStep:
     def __call__(self, batches: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
         batch = next(batches)
         # Positions come from the packed lengths and the mask from causality inside each of them, hence the two None.
-        output = model(batch.tokens, None, None, labels=batch.targets, packed_seq_params=batch.packed)
+        output = model(
+            batch.tokens,
+            None,
+            None,
+            labels=batch.targets,
+            packed_seq_params=batch.packed,
+            padding_mask=batch.padding,
+        )
         return output, lambda nll_and_entropy_2T: self._loss(nll_and_entropy_2T, batch)
 
     def _loss(self, nll_and_entropy_2T: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor, dict[str, Stat]]:

@@ -27,6 +27,7 @@ _OWNED = {
     "virtual_pipeline_model_parallel_size": "parallel.virtual_pipeline",
     "context_parallel_size": "parallel.context",
     "expert_model_parallel_size": "parallel.expert",
+    "expert_tensor_parallel_size": "parallel.expert_tensor",
     "sequence_parallel": "parallel.sequence",
     "bf16": "model.dtype",
     "fp16": "model.dtype",
@@ -46,6 +47,10 @@ _OWNED = {
     "layernorm_epsilon": _of("rms_norm_eps"),
     "activation_func": _of("hidden_act"),
     "window_size": _of("sliding_window"),
+    "moe_router_topk": _of("num_experts_per_tok"),
+    "moe_ffn_hidden_size": _of("moe_intermediate_size"),
+    "moe_router_pre_softmax": _of("norm_topk_prob"),
+    "moe_layer_freq": _of("mlp_only_layers"),
     **dict.fromkeys(
         (
             "activation_func_clamp_value",
@@ -61,6 +66,22 @@ _OWNED = {
             "hidden_dropout",
             "is_hybrid_model",
             "layernorm_zero_centered_gamma",
+            "moe_apply_probs_on_input",
+            "moe_expert_capacity_factor",
+            "moe_input_jitter_eps",
+            "moe_latent_size",
+            "moe_pad_expert_input_to_capacity",
+            "moe_router_enable_expert_bias",
+            "moe_router_force_load_balancing",
+            "moe_router_group_topk",
+            "moe_router_load_balancing_type",
+            "moe_router_num_groups",
+            "moe_router_score_function",
+            "moe_router_topk_limited_devices",
+            "moe_router_topk_scaling_factor",
+            "moe_shared_expert_gate",
+            "moe_shared_expert_intermediate_size",
+            "moe_token_dropping",
             "mrope_section",
             "mtp_num_layers",
             "multi_latent_attention",
@@ -119,7 +140,7 @@ def plan_model(config: Config, hf: Mapping[str, Any]) -> ModelPlan:
     facts = read_hf_config(hf)
     _check_layout(config, facts)
     tensor = config.parallel.tensor
-    base = {**_architecture(facts), **_parallel(config), **_numerics(config)}
+    base = {**_architecture(facts), **_experts(facts), **_parallel(config), **_numerics(config)}
     owned = _OWNED if torch.cuda.is_available() else {**_OWNED, **_OWNED_ON_CPU}
     transformer = build_megatron_config(TransformerConfig, "model.megatron", base, config.model.megatron, owned)
     return ModelPlan(facts, transformer, -(-facts.vocab_size // tensor) * tensor)
@@ -145,6 +166,26 @@ def _architecture(facts: ModelFacts) -> dict[str, Any]:
     }
 
 
+def _experts(facts: ModelFacts) -> dict[str, Any]:
+    from asympo_megatron.mcore.spec import uses_transformer_engine  # Megatron-Core comes with it
+
+    moe = facts.moe
+    if moe is None:
+        return {}
+    layers = [int(facts.is_moe_layer(number)) for number in range(facts.num_layers)]
+    return {
+        "num_moe_experts": moe.num_experts,
+        "moe_router_topk": moe.top_k,
+        "moe_ffn_hidden_size": moe.ffn_size,
+        "moe_layer_freq": layers if moe.dense_layers else 1,
+        # softmax over the chosen experts is softmax over all, chosen and divided by their sum
+        "moe_router_pre_softmax": not moe.norm_top_k,
+        "moe_router_dtype": "fp32",
+        "moe_aux_loss_coeff": moe.aux_loss_coef,
+        "moe_grouped_gemm": uses_transformer_engine(),
+    }
+
+
 def _parallel(config: Config) -> dict[str, Any]:
     parallel = config.parallel
     virtual = parallel.virtual_pipeline is not None
@@ -153,6 +194,8 @@ def _parallel(config: Config) -> dict[str, Any]:
         "pipeline_model_parallel_size": parallel.pipeline,
         "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline,
         "context_parallel_size": parallel.context,
+        "expert_model_parallel_size": parallel.expert,
+        "expert_tensor_parallel_size": parallel.expert_tensor_size,
         "sequence_parallel": parallel.sequence,
         # Packed micro-batches differ in length, so pipeline stages exchange shapes. TransformerConfig accepts that
         # only with this dispatcher, dense models included.
@@ -198,17 +241,11 @@ def _leave(weight: torch.Tensor) -> torch.Tensor:
 
 def _check_layout(config: Config, facts: ModelFacts) -> None:
     parallel = config.parallel
-    tensor = parallel.tensor
-    for name, value in (
-        ("num_attention_heads", facts.num_heads),
-        ("num_key_value_heads", facts.num_kv_heads),
-        ("intermediate_size", facts.ffn_size),
-    ):
-        if value % tensor:
-            raise ConfigError(
-                f"{name}={value} of the model is not divisible by parallel.tensor={tensor}. "
-                f"Set parallel.tensor to a divisor of {value}."
-            )
+    _check_divisible("parallel.tensor", parallel.tensor, num_attention_heads=facts.num_heads)
+    _check_divisible("parallel.tensor", parallel.tensor, num_key_value_heads=facts.num_kv_heads)
+    if facts.moe is None or facts.moe.dense_layers:
+        _check_divisible("parallel.tensor", parallel.tensor, intermediate_size=facts.ffn_size)
+    _check_experts(config, facts)
     stages = parallel.pipeline * (parallel.virtual_pipeline or 1)
     own_split = any(name in config.model.megatron for name in _PIPELINE_SPLITS)
     if facts.num_layers % stages and not own_split:
@@ -223,4 +260,37 @@ def _check_layout(config: Config, facts: ModelFacts) -> None:
             f"sliding_window={facts.sliding_window} is not supported and could matter: a sequence may have up to "
             f"batch.max_tokens_per_microbatch={budget} tokens. Lower that to {facts.sliding_window}, or set "
             "sliding_window to null if the model was trained without it."
+        )
+
+
+def _check_divisible(key: str, ranks: int, **sizes: int) -> None:
+    for name, value in sizes.items():
+        if value % ranks:
+            raise ConfigError(
+                f"{name}={value} of the model is not divisible by {key}={ranks}. Set {key} to a divisor of {value}."
+            )
+
+
+def _check_experts(config: Config, facts: ModelFacts) -> None:
+    parallel, moe = config.parallel, facts.moe
+    if moe is None:
+        if parallel.expert > 1:
+            raise ConfigError(
+                f"parallel.expert is {parallel.expert}, but model_type={facts.model_type} has no experts. "
+                "Set parallel.expert=1."
+            )
+        return
+    _check_divisible("parallel.expert", parallel.expert, num_experts=moe.num_experts)
+    split = "parallel.tensor" if parallel.expert_tensor is None else "parallel.expert_tensor"
+    _check_divisible(split, parallel.expert_tensor_size, moe_intermediate_size=moe.ffn_size)
+    if parallel.tensor > 1 and not parallel.sequence:
+        raise ConfigError(
+            f"model_type={facts.model_type} has experts, and with parallel.tensor={parallel.tensor} Megatron-Core "
+            "trains those under sequence parallelism only. Set parallel.sequence=true."
+        )
+    dispatcher = config.model.megatron.get("moe_token_dispatcher_type", "alltoall")
+    if dispatcher == "allgather" and parallel.expert > 1:
+        raise ConfigError(
+            "model.megatron.moe_token_dispatcher_type=allgather needs micro-batches of one length on all ranks; ours "
+            "differ. Set it to alltoall."
         )

@@ -1,29 +1,35 @@
 """Which part of which global parameter each local tensor is: for initial weights, checksums and conversion.
 
 A global parameter has one name and one shape whatever the layout: layers are numbered through the pipeline, tensors
-are whole over tensor parallelism, the vocabulary has no padding.
+are whole over tensor parallelism, experts are numbered through expert parallelism, the vocabulary has no padding.
 """
 
+import re
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
 from asympo_megatron.mcore.model import unwrap
 
-GATED = "mlp.linear_fc1.weight"
-"""Rows are [gate; up], and every tensor-parallel rank holds a slice of both."""
+GATED = ".linear_fc1.weight"
+"""Of an MLP or an expert: rows are [gate; up], and every tensor-parallel rank holds a slice of both."""
 
 _FUSED_NORMS = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
 }
 """Transformer Engine's layers keep a norm inside the projection behind it; the global name does not."""
+
+# Sequential experts are modules, grouped ones (Transformer Engine) numbered parameters of two modules.
+_SEQUENTIAL = re.compile(r"mlp\.experts\.local_experts\.(\d+)\.(.+)")
+_GROUPED = re.compile(r"mlp\.experts\.(linear_fc[12])\.(weight|bias)(\d+)")
 
 VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 
@@ -33,10 +39,13 @@ class Shard:
     """One local parameter and its place in the global one.
 
     Args:
-        name: global name, e.g. ``decoder.layers.7.mlp.linear_fc1.weight``.
+        name: global name, e.g. ``decoder.layers.7.mlp.linear_fc1.weight`` or, of an expert,
+            ``decoder.layers.7.mlp.experts.12.linear_fc1.weight``.
         param: the local tensor.
         dim: axis split over tensor parallelism, or None if replicated.
-        rank, size: of the tensor-parallel group.
+        rank, size: of the tensor-parallel group; of experts, which may be split over fewer ranks, theirs.
+        group: that group.
+        replica: which of the copies in data parallelism this is, from 0.
         true_rows: rows of the global tensor without vocabulary padding.
         is_copy: True for the tied output weight of a last stage, a copy of the first stage's embedding.
     """
@@ -46,6 +55,8 @@ class Shard:
     dim: int | None
     rank: int
     size: int
+    group: dist.ProcessGroup
+    replica: int
     true_rows: int
     is_copy: bool
 
@@ -100,18 +111,37 @@ class Shard:
 
 def shards(chunks: Sequence[Any], vocab_size: int) -> Iterator[Shard]:
     """Every parameter of this rank, in the order of the model."""
-    rank = parallel_state.get_tensor_model_parallel_rank()
-    size = parallel_state.get_tensor_model_parallel_world_size()
+    dense, experts = _dense_place(), _expert_place()
     for chunk in chunks:
         model = unwrap(chunk)
         offset = get_transformer_layer_offset(model.config, vp_stage=model.vp_stage)
         for local_name, param in model.named_parameters():
-            name = _global_name(local_name, offset)
+            name, is_expert = _global_name(local_name, offset, _first_expert(model.config))
+            group, replica = experts if is_expert else dense
+            rank, size = group.rank(), group.size()
             split = size > 1 and getattr(param, "tensor_model_parallel", False)
             dim = param.partition_dim if split else None
             rows = param.shape[0] * (size if dim == 0 else 1)
             is_copy = name == VOCABULARY[1] and model.share_embeddings_and_output_weights
-            yield Shard(name, param, dim, rank, size, vocab_size if name in VOCABULARY else rows, is_copy)
+            true_rows = vocab_size if name in VOCABULARY else rows
+            yield Shard(name, param, dim, rank, size, group, replica, true_rows, is_copy)
+
+
+def _dense_place() -> tuple[dist.ProcessGroup, int]:
+    """Tensor-parallel group, and which copy of the weights this rank holds."""
+    replica = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+    return parallel_state.get_tensor_model_parallel_group(), replica
+
+
+def _expert_place() -> tuple[dist.ProcessGroup, int]:
+    return parallel_state.get_expert_tensor_parallel_group(), parallel_state.get_expert_data_parallel_rank()
+
+
+def _first_expert(transformer: Any) -> int:
+    """Number of this rank's first expert."""
+    experts = transformer.num_moe_experts or 0
+    size, rank = transformer.expert_model_parallel_size, parallel_state.get_expert_model_parallel_rank()
+    return experts // size * rank
 
 
 @torch.no_grad()
@@ -135,10 +165,18 @@ def draw_initial_weights(chunks: Sequence[Any], vocab_size: int, *, seed: int, s
         shard.param.copy_(shard.take(whole))
 
 
-def _global_name(local_name: str, layer_offset: int) -> str:
+def _global_name(local_name: str, layer_offset: int, first_expert: int) -> tuple[str, bool]:
+    """The name in the whole model, and whether it is of an expert."""
     parts = local_name.split(".")
-    if parts[:2] == ["decoder", "layers"]:
-        parts[2] = str(int(parts[2]) + layer_offset)
-        tail = ".".join(parts[3:])
-        parts[3:] = [_FUSED_NORMS.get(tail, tail)]
-    return ".".join(parts)
+    if parts[:2] != ["decoder", "layers"]:
+        return local_name, False
+    parts[2] = str(int(parts[2]) + layer_offset)
+    tail = ".".join(parts[3:])
+    if match := _SEQUENTIAL.fullmatch(tail):
+        number, rest = match.groups()
+    elif match := _GROUPED.fullmatch(tail):
+        module, kind, number = match.groups()
+        rest = f"{module}.{kind}"
+    else:
+        return ".".join([*parts[:3], _FUSED_NORMS.get(tail, tail)]), False
+    return ".".join([*parts[:3], "mlp.experts", str(int(number) + first_expert), rest]), True

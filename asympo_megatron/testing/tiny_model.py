@@ -1,6 +1,7 @@
 """A random Hugging Face model of about 0.1M parameters, with a byte tokenizer, for tests without downloads."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -8,7 +9,28 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from asympo_megatron.errors import UnknownNameError
 
-TINY_KINDS = ("qwen3", "qwen2", "llama")
+TINY_KINDS = ("qwen3", "qwen2", "llama", "qwen3_moe")
+TINY_MOE_HF: dict[str, Any] = {
+    "model_type": "qwen3_moe",
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 24,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [1],
+    "router_aux_loss_coef": 0.05,
+    "tie_word_embeddings": True,
+    "rope_theta": 10000.0,
+    "vocab_size": 67,
+}
+"""Fields of a config.json: a mixture of experts, its second layer dense, for ``Learner`` without any file."""
+_EXPERTS = ("moe_intermediate_size", "num_experts", "num_experts_per_tok", "norm_topk_prob", "mlp_only_layers")
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
 PAD_ID, BOS_ID, EOS_ID = 0, 1, 2
 VOCAB_SIZE = 320
@@ -28,7 +50,7 @@ def make_tiny_model(directory: str | Path, kind: str = "qwen3", seed: int = 0, t
 
     Args:
         directory: created if missing.
-        kind: qwen3 | qwen2 | llama.
+        kind: qwen3 | qwen2 | llama | qwen3_moe (its second layer is dense).
         seed: of the weights; two seeds give two models of one shape.
         tied: input and output embeddings share one tensor.
 
@@ -42,8 +64,10 @@ def make_tiny_model(directory: str | Path, kind: str = "qwen3", seed: int = 0, t
         raise UnknownNameError("tiny model", kind, TINY_KINDS)
     path = Path(directory)
     path.mkdir(parents=True, exist_ok=True)
+    experts = {name: TINY_MOE_HF[name] for name in _EXPERTS} if kind == "qwen3_moe" else {}
     config = AutoConfig.for_model(
         kind,
+        **experts,
         vocab_size=VOCAB_SIZE,
         hidden_size=64,
         intermediate_size=128,

@@ -18,7 +18,7 @@ REFUSED = [
     (["run.name=.."], "run.name is '..'"),
     (["run.local_ranks=0"], "run.local_ranks is 0; it must be at least 1, or null"),
     (["model.init_std=0"], "model.init_std is 0.0; it must be greater than 0"),
-    (["parallel.expert=2"], "mixtures of experts are not supported yet. Set parallel.expert=1."),
+    (["parallel.tensor=2", "parallel.expert_tensor=1"], "Set parallel.expert to 2 or more, or parallel.expert_tensor=null."),
     (["parallel.virtual_pipeline=0", "parallel.pipeline=2"], "parallel.virtual_pipeline is 0"),
     (["optimizer.beta1=1"], "optimizer.beta1 is 1.0; it must be at least 0 and below 1"),
     (["optimizer.beta2=-0.1"], "optimizer.beta2 is -0.1"),

@@ -181,7 +181,7 @@ def test_every_step_of_the_schedule_moves_the_weights(schedule: str, warmup: int
             "ddp.megatron.overlap_param_gather=true needs optimizer.distributed=true",
         ),
         ({"parallel": {"tensor": 2}}, r"1 rank\(s\) cannot hold replicas of parallel.tensor=2"),
-        ({"parallel": {"expert": 2}}, "model families are dense"),
+        ({"parallel": {"expert": 2}}, r"1 rank\(s\) cannot hold the experts of parallel.expert=2"),
     ],
 )
 def test_impossible_configurations(sections: dict[str, Any], message: str) -> None:
