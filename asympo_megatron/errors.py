@@ -76,6 +76,10 @@ class CheckpointError(AsympoError, OSError):
     """A checkpoint that is missing, partial or does not fit the model."""
 
 
+class IntegrationError(AsympoError, ImportError):
+    """A framework whose plug-in point is missing or is not the one an adapter was written for."""
+
+
 class NonFiniteLossError(AsympoError, ArithmeticError):
     """Loss or gradient norm is NaN or infinite: the step was refused and the weights kept."""
 
