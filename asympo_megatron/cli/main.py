@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from asympo_megatron.cli import commands
+from asympo_megatron.cli import commands, convert
 from asympo_megatron.errors import AsympoError
 
 EXIT_BAD_INPUT = 2
@@ -38,6 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     _role(verbs, "train", commands.train, "the trainer alone (one rank, or started by torchrun)")
     _role(verbs, "control", commands.control, "the controller alone")
     _role(verbs, "engine", commands.engine, "one embedded engine (SGLang's protocol around a transformers model)")
+    convert.add_parser(verbs)
     for name, command, text in (
         ("report", commands.report, "write RUN_DIR/report.html"),
         ("journal", commands.journal, "what the journal of a run holds"),

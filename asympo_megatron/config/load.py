@@ -39,6 +39,17 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
     return _finish(schema, layer, str(source))
 
 
+def override_config(config: Config, overrides: Sequence[str]) -> Config:
+    """A configuration with ``a.b=c`` overrides, checked.
+
+    Raises:
+        ConfigError, UnknownNameError: see :func:`load_config`.
+    """
+    base, layer = OmegaConf.structured(config), _parse_overrides(overrides)
+    _check_keys(base, layer, ())
+    return _finish(base, layer, "overrides")
+
+
 def warm_start_config(config: Config) -> Config | None:
     """The run that comes first: this config with ``run.warm_start`` applied, in RUN_DIR/warmup; None without one."""
     if not config.run.warm_start:

@@ -5,8 +5,6 @@ of the final name is whole and a crash leaves only what the next save removes.
 """
 
 import contextlib
-import dataclasses
-import json
 import logging
 import os
 import queue
@@ -22,9 +20,9 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint.api import CheckpointException
 
-from asympo_megatron.config import data_hash
 from asympo_megatron.errors import CheckpointError
 from asympo_megatron.mcore import distopt
+from asympo_megatron.mcore.marker import check_model, check_run, layout_of, make_marker, read_marker, write_marker
 from asympo_megatron.mcore.model import policy_models
 
 if TYPE_CHECKING:
@@ -34,9 +32,7 @@ Result = TypeVar("Result")
 
 log = logging.getLogger(__name__)
 
-MARKER = "complete"
 TEMPORARY = ".tmp"
-FORMAT = 1
 
 
 def save(learner: "Learner", directory: Path) -> None:
@@ -56,7 +52,14 @@ def save(learner: "Learner", directory: Path) -> None:
     if failed:
         _on_rank0(learner, lambda: shutil.rmtree(temporary, ignore_errors=True))
         raise _unwritten(temporary, failed)
-    marker = _marker(learner)
+    marker = make_marker(
+        learner.config,
+        learner.plan.facts,
+        step=learner.step_count,
+        ranks=learner.layout.world_size,
+        dtype=learner.config.model.dtype,
+        checksum=learner.checksum(),
+    )
     _on_rank0(learner, lambda: _finish(temporary, directory, marker))
 
 
@@ -89,18 +92,18 @@ def load(learner: "Learner", directory: Path, *, weights_only: bool) -> None:
     """
     # One rank reads for all: on a shared file system the others may not see the same, or nothing yet.
     marker = _on_rank0(learner, lambda: read_marker(directory))
-    _check_model(marker, learner, directory)
+    check_model(marker, learner.plan.facts, directory)
     if not weights_only:
-        _check_data(marker, learner, directory)
-        _check_optimizer(marker, learner, directory)
-    state = _state(learner, loading=True, weights_only=weights_only, same_layout=marker["layout"] == _layout(learner))
+        check_run(marker, learner.config, directory)
+    same_layout = marker["layout"] == layout_of(learner.config, learner.layout.world_size)
+    state = _state(learner, loading=True, weights_only=weights_only, same_layout=same_layout)
     try:
         loaded = dist_checkpointing.load(state, str(directory))
     except (Exception, CheckpointException) as error:
         raise CheckpointError(f"{directory} could not be read: {_last_line(error)}") from error
     models = list(policy_models(learner.chunks))
     for key, model in zip(_model_keys(models), models, strict=True):
-        model.load_state_dict(loaded[key])
+        _load_weights(model, loaded[key])
     if weights_only:
         learner.weights_changed()
         _check_weights(marker, learner, directory)
@@ -110,25 +113,6 @@ def load(learner: "Learner", directory: Path, *, weights_only: bool) -> None:
     if "rng" in loaded:
         _restore_rng(loaded["rng"])
     learner.step_count = int(marker["step"])
-
-
-def read_marker(directory: Path) -> dict[str, Any]:
-    """The marker of a complete checkpoint.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    if not directory.is_dir():
-        raise CheckpointError(f"checkpoint {directory} does not exist.")
-    try:
-        marker = json.loads((directory / MARKER).read_text())
-    except (OSError, ValueError):
-        raise CheckpointError(
-            f"checkpoint {directory} is incomplete: it has no {MARKER!r} file. Use an older one."
-        ) from None
-    if marker.get("format") != FORMAT:
-        raise CheckpointError(f"checkpoint {directory} has format {marker.get('format')}, expected {FORMAT}.")
-    return marker
 
 
 def _state(
@@ -148,7 +132,7 @@ def _state(
         key: model.sharded_state_dict(metadata=metadata) for key, model in zip(_model_keys(models), models, strict=True)
     }
     if weights_only:
-        return state
+        return {key: _without_objects(entries) for key, entries in state.items()}
     distopt.prepare(learner.optimizer)
     with distopt.compact_offsets(learner.optimizer):
         state["optimizer"] = learner.optimizer.sharded_state_dict(dict(state), is_loading=loading, metadata=metadata)
@@ -157,6 +141,17 @@ def _state(
         layout = learner.layout
         state["rng"] = ShardedObject("rng", _rng(), (layout.world_size,), (layout.rank,))
     return state
+
+
+def _without_objects(entries: dict[str, Any]) -> dict[str, Any]:
+    """Weights alone. Modules add ``_extra_state`` for fp8, which differs between layer specs and is empty here."""
+    return {name: entry for name, entry in entries.items() if not isinstance(entry, ShardedObject)}
+
+
+def _load_weights(model: Any, weights: dict[str, Any]) -> None:
+    result = model.load_state_dict(weights, strict=False)
+    strangers = [name for name in (*result.missing_keys, *result.unexpected_keys) if not name.endswith("_extra_state")]
+    assert not strangers, strangers  # dist_checkpointing would have refused them
 
 
 def _model_keys(models: list[Any]) -> list[str]:
@@ -175,65 +170,6 @@ def _restore_rng(states: dict[str, Any]) -> None:
     tensor_parallel.get_cuda_rng_tracker().set_states(states["tracker"])
     if "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"])
-
-
-def _layout(learner: "Learner") -> dict[str, Any]:
-    return {**dataclasses.asdict(learner.config.parallel), "ranks": learner.layout.world_size}
-
-
-def _model(learner: "Learner") -> dict[str, Any]:
-    """The facts as JSON reads them back."""
-    facts = dataclasses.asdict(learner.plan.facts)
-    moe = facts.pop("moe")
-    if moe is not None:
-        del moe["aux_loss_coef"]  # of training, not of the model
-        moe["dense_layers"] = list(moe["dense_layers"])
-    return {**facts.pop("family"), **facts, "moe": moe}
-
-
-def _marker(learner: "Learner") -> dict[str, Any]:
-    """Collective."""
-    return {
-        "format": FORMAT,
-        "step": learner.step_count,
-        "layout": _layout(learner),
-        "model": _model(learner),
-        "data_hash": data_hash(learner.config),
-        "distributed": learner.config.optimizer.distributed,
-        "dtype": learner.config.model.dtype,
-        "checksum": learner.checksum(),
-    }
-
-
-def _check_model(marker: dict[str, Any], learner: "Learner", directory: Path) -> None:
-    saved, wanted = marker["model"], _model(learner)
-    for name, value in wanted.items():
-        if saved.get(name) != value:
-            raise CheckpointError(
-                f"checkpoint {directory} holds a model with {name}={saved.get(name)}, this run has {name}={value}. "
-                "Set model.path or model.hf to the model of the checkpoint."
-            )
-
-
-def _check_data(marker: dict[str, Any], learner: "Learner", directory: Path) -> None:
-    """A run goes on with the data it began with; other data may start anew from its weights."""
-    if marker["data_hash"] != data_hash(learner.config):
-        raise CheckpointError(
-            f"checkpoint {directory} belongs to a run on other data (task, batch, sampling, replay or seed changed). "
-            f"Set run.name to a new run; model.init={directory} starts it from these weights."
-        )
-
-
-def _check_optimizer(marker: dict[str, Any], learner: "Learner", directory: Path) -> None:
-    """Megatron's two kinds of optimizers write states that the other does not read."""
-    wanted = learner.config.optimizer.distributed
-    saved = marker.get("distributed", wanted)
-    if saved != wanted:
-        raise CheckpointError(
-            f"checkpoint {directory} was saved with optimizer.distributed={str(saved).lower()}, this run has "
-            f"{str(wanted).lower()}. Set it back, or set run.name to a new run; model.init={directory} starts it from "
-            "these weights with a new optimizer."
-        )
 
 
 def _check_weights(marker: dict[str, Any], learner: "Learner", directory: Path) -> None:
@@ -297,10 +233,7 @@ def _prepare(directory: Path, temporary: Path, needed_bytes: int) -> None:
 
 
 def _finish(temporary: Path, directory: Path, marker: dict[str, Any]) -> None:
-    with (temporary / MARKER).open("w") as file:
-        json.dump(marker, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
+    write_marker(temporary, marker)
     os.rename(temporary, directory)
     parent = os.open(directory.parent, os.O_RDONLY)
     try:

@@ -9,8 +9,9 @@ from pathlib import Path
 import torch.distributed as dist
 
 from asympo_megatron.errors import CheckpointError
-from asympo_megatron.mcore.checkpoint import TEMPORARY, read_marker
+from asympo_megatron.mcore.checkpoint import TEMPORARY
 from asympo_megatron.mcore.learner import Learner
+from asympo_megatron.mcore.marker import read_marker
 
 log = logging.getLogger(__name__)
 

@@ -38,22 +38,47 @@ def weights_checksum(shards: Iterable[Shard]) -> str:
     assert total is not None
     if dist.get_world_size() > 1:
         dist.all_reduce(total)
+    return _digits(total)
+
+
+class WholeChecksum:
+    """The same checksum from whole parameters, added one by one in any order."""
+
+    def __init__(self) -> None:
+        self._total = torch.zeros((), dtype=torch.int64)
+
+    def add(self, name: str, whole: Tensor) -> None:
+        """Count one parameter, given by its global name, without vocabulary padding."""
+        columns = torch.arange(whole.shape[1] if whole.dim() == 2 else 1)
+        self._total += _sum(name, whole, torch.arange(whole.shape[0]), columns, len(columns))
+
+    def digits(self) -> str:
+        """The checksum of everything added."""
+        return _digits(self._total)
+
+
+def _digits(total: Tensor) -> str:
     return f"{int(total.item()) & (1 << 64) - 1:016x}"
 
 
 def _shard_sum(shard: Shard) -> Tensor:
     param = shard.param.detach()
-    bits = param.view(_BITS[param.dtype]).reshape(param.shape[0], -1)
-    rows, columns = shard.rows(), shard.columns()
+    rows = shard.rows()
     keep = int((rows < shard.true_rows).sum()) if shard.global_shape[0] != shard.true_rows else len(rows)
     width = shard.global_shape[1] if param.dim() == 2 else 1
-    salt = int.from_bytes(hashlib.sha256(shard.name.encode()).digest()[:8], "big", signed=True)
+    return _sum(shard.name, param[:keep], rows[:keep], shard.columns(), width)
+
+
+def _sum(name: str, param: Tensor, rows: Tensor, columns: Tensor, width: int) -> Tensor:
+    """Contributions of elements at (rows, columns) of a global parameter with ``width`` columns."""
+    bits = param.view(_BITS[param.dtype]).reshape(param.shape[0], -1)
+    salt = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big", signed=True)
     total = torch.zeros((), dtype=torch.int64, device=param.device)
     step = max(1, CHUNK_ELEMENTS // max(1, bits.shape[1]))
-    for start in range(0, keep, step):
-        stop = min(keep, start + step)
-        index = rows[start:stop, None] * width + columns
-        total += _mix(bits[start:stop].long() + _mix(index * _GOLDEN + salt)).sum()
+    for start in range(0, len(rows), step):
+        part = slice(start, start + step)
+        index = rows[part, None] * width + columns
+        total += _mix(bits[part].long() + _mix(index * _GOLDEN + salt)).sum()
     return total
 
 

@@ -88,15 +88,15 @@ def write_model(
     """
     try:
         temporary.mkdir(parents=True)
-        names = _copy_model_files(Path(model_files), temporary)
+        names = copy_model_files(Path(model_files), temporary)
         names += _write_shards(temporary, _prepared(tensors, dtype), shard_bytes)
         files = {name: FileEntry((temporary / name).stat().st_size, file_digest(temporary / name)) for name in names}
         manifest = msgspec.structs.replace(described, files=files)
         (temporary / MANIFEST_NAME).write_bytes(msgspec.json.format(msgspec.json.encode(manifest)))
         for name in (*names, MANIFEST_NAME, "."):
-            _fsync(temporary / name)
+            fsync(temporary / name)
         temporary.rename(target)
-        _fsync(target.parent)
+        fsync(target.parent)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, OSError) and not isinstance(error, AsympoError):
@@ -159,7 +159,12 @@ def _name_shards(folder: Path, shards: list[list[str]], total_bytes: int) -> lis
     return [*files, "model.safetensors.index.json"]
 
 
-def _copy_model_files(source: Path, folder: Path) -> list[str]:
+def copy_model_files(source: Path, folder: Path) -> list[str]:
+    """Copy config.json, tokenizer, chat template and generation settings, not weights; returns their names.
+
+    Raises:
+        PublishError: ``source`` has no config.json.
+    """
     if not (source / "config.json").is_file():
         raise PublishError(
             f"{source} has no config.json, so no engine could load the weights. "
@@ -175,7 +180,8 @@ def _copy_model_files(source: Path, folder: Path) -> list[str]:
     return names
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Wait until a file, or the names in a directory, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

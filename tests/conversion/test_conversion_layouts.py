@@ -10,7 +10,7 @@ from conversion_programs import PROGRAM, build
 from safetensors.torch import load_file
 
 from asympo_megatron.conversion import load_hf
-from asympo_megatron.conversion.load import SINGLE
+from asympo_megatron.conversion.hf_files import SINGLE
 from asympo_megatron.testing.megatron import run_ranks
 
 

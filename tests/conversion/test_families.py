@@ -11,7 +11,7 @@ from conversion_programs import build
 from safetensors.torch import load_file, save_file
 
 from asympo_megatron.conversion import export_hf, hf_config_for_export, load_hf
-from asympo_megatron.conversion.load import INDEX, SINGLE
+from asympo_megatron.conversion.hf_files import INDEX, SINGLE
 from asympo_megatron.conversion.names import LAYERS
 from asympo_megatron.errors import CheckpointError, ConfigError, UnknownNameError
 from asympo_megatron.mcore import Learner, Row
@@ -115,7 +115,7 @@ def test_damaged_and_missing_files(make_hf: MakeHF, tmp_path: Path) -> None:
     _, directory = make_hf("llama")
     _, learner = _loaded(directory)
     before = learner.checksum()
-    with pytest.raises(CheckpointError, match=r"has neither model.safetensors nor .*Check model.path"):
+    with pytest.raises(CheckpointError, match=r"has neither model.safetensors nor .*model.path"):
         load_hf(learner, tmp_path)
     (directory / SINGLE).write_bytes(b"not safetensors")
     with pytest.raises(CheckpointError, match="cannot be read"):

@@ -17,7 +17,7 @@ from rank_programs import PROGRAM, build, make_rows, microbatches, train
 
 from asympo_megatron.errors import CheckpointError
 from asympo_megatron.mcore import Checkpoints, Learner
-from asympo_megatron.mcore.checkpoint import MARKER
+from asympo_megatron.mcore.marker import MARKER
 from asympo_megatron.testing.megatron import run_ranks
 
 SPLIT = {"batch": {"max_tokens_per_microbatch": 2048}}

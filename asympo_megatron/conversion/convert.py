@@ -1,0 +1,276 @@
+"""Checkpoints from Hugging Face to Megatron-Core and back: one process, one tensor in memory at a time.
+
+A Megatron checkpoint (``torch_dist``) has no layout of its own: Megatron cuts it to TP x PP x VPP x EP when it loads.
+"""
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from asympo_megatron.config import Config
+from asympo_megatron.conversion.hf_files import HFFiles
+from asympo_megatron.conversion.names import Entry, entries
+from asympo_megatron.conversion.places import Place, find_places
+from asympo_megatron.conversion.plain_pickle import load_arguments
+from asympo_megatron.conversion.tensors import hf_shapes, join_from_hf, split_for_hf
+from asympo_megatron.conversion.torch_dist import COMMON, TorchDistFiles, write_torch_dist
+from asympo_megatron.errors import AsympoError, CheckpointError, PublishError
+from asympo_megatron.mcore import marker as markers
+from asympo_megatron.mcore.checksum import WholeChecksum
+from asympo_megatron.mcore.hf_config import ModelFacts, read_hf_config
+from asympo_megatron.mcore.model_config import DTYPES, plan_model
+from asympo_megatron.sync.disk import SHARD_BYTES, copy_model_files, fsync, write_model
+from asympo_megatron.sync.manifest import Manifest
+
+MODEL_FILES = "hf"
+"""Folder of a converted checkpoint with config.json and the tokenizer, for the way back."""
+
+Progress = Callable[[int, int], None]
+"""Called with the parameters done and their number."""
+
+_STORED = {
+    "num_layers": "num_layers",
+    "hidden_size": "hidden_size",
+    "num_attention_heads": "num_heads",
+    "ffn_hidden_size": "ffn_size",
+    "kv_channels": "head_dim",
+}
+"""Training arguments of Megatron-LM that must agree with config.json, and the fact each of them is."""
+
+
+def hf_to_megatron(config: Config, source: str | Path, target: str | Path, progress: Progress | None = None) -> None:
+    """Write the weights of a Hugging Face directory as a Megatron checkpoint, which ``model.init=TARGET`` starts from.
+
+    Args:
+        config: its ``parallel`` and ``model.megatron`` are what the checkpoint is to be loaded with: contradictions
+            with the model are found here. Tensors keep their dtype.
+        source: directory with config.json, safetensors and a tokenizer.
+        target: directory to make.
+
+    Raises:
+        ConfigError, UnknownNameError: the model is not supported, or the layout cannot hold it.
+        CheckpointError: the source is damaged or incomplete, or the target exists or cannot be written. Nothing that
+            looks whole is left behind.
+    """
+    source, target = Path(source), Path(target)
+    hf_config = read_config(source)
+    facts = plan_model(config, hf_config).facts
+    files = HFFiles(source)
+    table = list(entries(facts))
+    files.check_names((name for entry in table for name in entry.hf), tied=facts.tied)
+    dtypes = [_common_dtype(files, entry) for entry in table]
+    by_name = {place.name: place for place in find_places(config, hf_config)}
+    places = [by_name.pop(entry.megatron) for entry in table]
+    assert not by_name, f"parameters without a Hugging Face name: {sorted(by_name)}"
+    checksum = WholeChecksum()
+
+    def read(number: int) -> Tensor:
+        entry = table[number]
+        shapes = hf_shapes(entry, facts)
+        parts = [files.read(name, shape) for name, shape in zip(entry.hf, shapes, strict=True)]
+        whole = join_from_hf(entry, parts, facts)
+        checksum.add(entry.megatron, whole)
+        _report(progress, number + 1, len(table))
+        return whole
+
+    with _made_whole(target) as temporary:
+        write_torch_dist(temporary, places, dtypes, read)
+        (temporary / MODEL_FILES).mkdir()
+        copy_model_files(source, temporary / MODEL_FILES)
+        names = {value: name for name, value in DTYPES.items()}
+        dtype = names.get(dtypes[0], "fp16") if len(set(dtypes)) == 1 else "mixed"
+        marker = markers.make_marker(config, facts, step=0, ranks=1, dtype=dtype, checksum=checksum.digits())
+        markers.write_marker(temporary, marker)
+
+
+def megatron_to_hf(
+    source: str | Path,
+    target: str | Path,
+    *,
+    model_files: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    progress: Progress | None = None,
+) -> None:
+    """Write the weights of a Megatron checkpoint as a Hugging Face directory with a manifest of checksums.
+
+    Args:
+        source: a converted checkpoint, one of a run (or the run itself), or one of Megatron-LM or slime (a directory
+            ``iter_NNNNNNN``, or its parent), saved in any layout.
+        target: directory to make.
+        model_files: directory with config.json and tokenizer; None: those that the source has.
+        dtype: convert to it; None keeps what is stored.
+        shard_bytes: largest safetensors file.
+
+    Raises:
+        ConfigError, UnknownNameError: the model is not supported.
+        CheckpointError: the source is damaged, incomplete or of another model, or the target exists.
+        PublishError: the target cannot be written; nothing partial stays behind.
+    """
+    weights = MegatronWeights(source, model_files)
+    target = Path(target)
+    _refuse_existing(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    described = Manifest(version=0, step=weights.step, checksum=weights.checksum, files={})
+    try:
+        write_model(
+            target,
+            _temporary(target),
+            described,
+            weights.tensors(progress),
+            weights.model_files,
+            dtype=dtype,
+            shard_bytes=shard_bytes,
+        )
+    except PublishError as error:
+        raise CheckpointError(str(error)) from error
+
+
+class MegatronWeights:
+    """The Hugging Face tensors that a Megatron checkpoint holds.
+
+    Args:
+        source, model_files: see :func:`megatron_to_hf`.
+
+    Raises:
+        CheckpointError, ConfigError: see :func:`megatron_to_hf`.
+    """
+
+    def __init__(self, source: str | Path, model_files: str | Path | None = None) -> None:
+        self.directory = find_checkpoint(Path(source))
+        self.model_files = find_model_files(self.directory, model_files)
+        hf_config = read_config(self.model_files)
+        self.facts = read_hf_config(hf_config)
+        _check_arguments(self.directory, self.facts)
+        self._files = TorchDistFiles(self.directory)
+        self._places: Mapping[str, Place] = {place.name: place for place in find_places(Config(), hf_config)}
+        unread = self._files.unread(self._places.values())
+        if unread:
+            raise CheckpointError(
+                f"{self.directory} holds {len(unread)} tensor(s) that config.json has no place for, e.g. {unread[0]}. "
+                "Give the config.json of this checkpoint's model."
+            )
+        marker = _marker_of(self.directory)
+        self.step, self.checksum = int(marker.get("step", 0)), str(marker.get("checksum", ""))
+
+    def tensors(self, progress: Progress | None = None) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor) in the order of the forward pass."""
+        table = list(entries(self.facts))
+        for number, entry in enumerate(table):
+            yield from split_for_hf(entry, self.parameter(entry.megatron), self.facts)
+            _report(progress, number + 1, len(table))
+
+    def parameter(self, name: str) -> Tensor:
+        """One whole Megatron parameter by its global name (see ``mcore.shards``)."""
+        return self._files.read(self._places[name])
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """config.json of a directory.
+
+    Raises:
+        CheckpointError: missing or not JSON.
+    """
+    try:
+        config = json.loads((directory / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{directory} has no readable config.json: {error}. Give a model's directory.") from None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{directory / 'config.json'} holds a {type(config).__name__}, expected a mapping.")
+    return config
+
+
+def find_checkpoint(source: Path) -> Path:
+    """The directory with the tensors: the source itself, the latest of Megatron-LM, or the newest of a run."""
+    latest = source / "latest_checkpointed_iteration.txt"
+    if latest.is_file():
+        text = latest.read_text().strip()
+        return source / (text if text == "release" else f"iter_{int(text):07d}")
+    if (source / "metadata.json").is_file():
+        return source
+    from asympo_megatron.mcore.checkpoints import Checkpoints
+
+    return Checkpoints.find(source)
+
+
+def find_model_files(directory: Path, given: str | Path | None) -> Path:
+    """Directory with config.json: given, kept in the checkpoint, or that of the run which wrote it."""
+    run = directory.parent.parent
+    for candidate in [Path(given)] if given else [directory / MODEL_FILES, run / "model"]:
+        if (candidate / "config.json").is_file():
+            return candidate
+    raise CheckpointError(
+        f"{given or directory} has no config.json. Give the directory of the Hugging Face model that the checkpoint "
+        "began with: --hf DIR."
+    )
+
+
+def _check_arguments(directory: Path, facts: ModelFacts) -> None:
+    """Megatron-LM stores its arguments: a config.json of another model is noticed by name, not by shape."""
+    if not (directory / COMMON).is_file():
+        return
+    try:
+        stored = load_arguments(directory / COMMON)
+    except Exception as error:  # a damaged pickle raises many kinds
+        raise CheckpointError(f"{directory / COMMON} cannot be read: {error!r}. Copy it again.") from error
+    for name, fact in _STORED.items():
+        value, wanted = stored.get(name), getattr(facts, fact)
+        if isinstance(value, int) and value != wanted:
+            raise CheckpointError(
+                f"{directory} was trained with {name}={value}, but config.json says {wanted}. "
+                "Give the directory of its own Hugging Face model: --hf DIR."
+            )
+
+
+def _marker_of(directory: Path) -> dict[str, Any]:
+    return markers.read_marker(directory) if (directory / markers.MARKER).is_file() else {}
+
+
+def _common_dtype(files: HFFiles, entry: Entry) -> torch.dtype:
+    dtypes = {name: files.dtype(name) for name in entry.hf}
+    if len(set(dtypes.values())) > 1:
+        raise CheckpointError(f"{files.directory}: tensors of one parameter differ in dtype: {dtypes}. Convert them.")
+    return next(iter(dtypes.values()))
+
+
+def _refuse_existing(target: Path) -> None:
+    if target.exists():
+        raise CheckpointError(f"{target} exists already; nothing is overwritten. Remove it or choose another name.")
+
+
+@contextmanager
+def _made_whole(target: Path) -> Iterator[Path]:
+    """A directory to fill; it gets its name when it is complete and on the disk, and is removed if that fails."""
+    _refuse_existing(target)
+    temporary = _temporary(target)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        for path in (*temporary.rglob("*"), temporary):
+            fsync(path)
+        temporary.rename(target)
+        fsync(target.parent)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError) and not isinstance(error, AsympoError):
+            raise CheckpointError(
+                f"{target} could not be written: {error}. Nothing partial was left behind; free some space."
+            ) from error
+        raise
+
+
+def _temporary(target: Path) -> Path:
+    return target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}")
+
+
+def _report(progress: Progress | None, done: int, total: int) -> None:
+    if progress is not None:
+        progress(done, total)

@@ -1,0 +1,85 @@
+"""Where each parameter lies in a Megatron checkpoint (``torch_dist``): its key, and its place in a stack of layers."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+
+from asympo_megatron.config import Config
+from asympo_megatron.config.schema import ParallelConfig
+from asympo_megatron.mcore.layout import initialize, shutdown
+from asympo_megatron.mcore.model import build_chunks, unwrap
+from asympo_megatron.mcore.model_config import plan_model
+from asympo_megatron.mcore.shards import shards
+from asympo_megatron.parallel import SINGLE
+
+
+@dataclass(frozen=True)
+class Place:
+    """One whole parameter of the model in a checkpoint.
+
+    Args:
+        name: global name (see ``mcore.shards``).
+        key: of the tensor in the checkpoint. Megatron stacks the layers (and the experts of a layer) of one kind.
+        stack: index of this parameter in each stacked axis, and ``stack_shape`` the sizes of these axes.
+        shape: of the parameter itself, without vocabulary padding.
+    """
+
+    name: str
+    key: str
+    stack: tuple[int, ...]
+    stack_shape: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    def key_of_single_layer(self) -> tuple[str, tuple[int, ...]] | None:
+        """Key and remaining index where layers are kept apart (``non_homogeneous_layers``)."""
+        head = "decoder.layers."
+        if not self.stack or not self.key.startswith(head):
+            return None
+        return f"{head}{self.stack[0]}.{self.key.removeprefix(head)}", self.stack[1:]
+
+
+def find_places(config: Config, hf_config: Mapping[str, Any]) -> list[Place]:
+    """Places of all parameters, read off Megatron's own ``sharded_state_dict`` of a model without data.
+
+    Builds a process group of one rank for the time being, so none may exist. The layout of ``config`` does not matter:
+    a checkpoint has none.
+    """
+    alone = Config(**{**vars(config), "parallel": ParallelConfig()})
+    initialize(alone)
+    try:
+        plan = plan_model(alone, hf_config)
+        with torch.device("meta"):
+            (chunk,) = build_chunks(plan, 1.0, SINGLE)
+        names = [shard.name for shard in shards([chunk], plan.facts.vocab_size) if not shard.is_copy]
+        model = unwrap(chunk)
+        local_names = [
+            name for name, _ in model.named_parameters() if name != "output_layer.weight" or not plan.facts.tied
+        ]
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        state = model.sharded_state_dict(metadata={"singleton_local_shards": False, "dp_cp_group": group})
+        return [_place(name, state[local]) for name, local in zip(names, local_names, strict=True)]
+    finally:
+        shutdown()
+
+
+def _place(name: str, entry: Any) -> Place:
+    parts: list[ShardedTensor] = [entry] if isinstance(entry, ShardedTensor) else _flat(entry.build())
+    first = parts[0]
+    axes = first.prepend_axis_num
+    assert all((part.key, part.global_offset[:axes]) == (first.key, first.global_offset[:axes]) for part in parts)
+    return Place(
+        name,
+        first.key,
+        tuple(first.global_offset[:axes]),
+        tuple(first.global_shape[:axes]),
+        tuple(first.global_shape[axes:]),
+    )
+
+
+def _flat(built: Any) -> list[ShardedTensor]:
+    values = built.values() if isinstance(built, dict) else built
+    return [part for part in values if not isinstance(part, ShardedTensorFactory)]

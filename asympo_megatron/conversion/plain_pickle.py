@@ -1,0 +1,102 @@
+"""Pickles of other people's checkpoints, read as data: a class that is not on the list is never imported."""
+
+import io
+import pickle
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.metadata import Metadata
+
+_CHECKPOINT = "torch.distributed.checkpoint."
+_DESCRIPTIONS = {
+    _CHECKPOINT + "metadata": {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    _CHECKPOINT + "planner": {"SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"},
+    _CHECKPOINT + "filesystem": {"_StorageInfo", "_StoragePrefix"},
+    "torch.distributed._shard.sharded_tensor.metadata": {"TensorProperties", "MEM_FORMAT_ENCODING"},
+    "megatron.core.dist_checkpointing.strategies.torch": {"MCoreMetadata", "MCoreSavePlan"},
+    "torch.serialization": {"_get_layout"},
+    "torch": {"Size"},
+    "collections": {"OrderedDict"},
+    "pathlib": {"PosixPath"},
+    "builtins": {"set", "frozenset"},
+}
+"""What the metadata of a checkpoint consists of: descriptions without behavior."""
+
+
+class UnsafePickleError(pickle.UnpicklingError):
+    """A pickle that asks for a class or function which describes no tensor."""
+
+
+def load_metadata(file: Path) -> Metadata:
+    """Read ``.metadata``.
+
+    Raises:
+        UnsafePickleError: it asks for anything else than descriptions of tensors.
+    """
+    with file.open("rb") as stream:
+        metadata = _Descriptions(stream).load()
+    if not isinstance(metadata, Metadata):
+        raise UnsafePickleError(f"it holds a {type(metadata).__name__}, expected the metadata of a checkpoint.")
+    return metadata
+
+
+def load_arguments(file: Path) -> dict[str, Any]:
+    """The training arguments that Megatron-LM keeps in ``common.pt``, as plain values; empty if there are none.
+
+    Objects of any class become inert: their attributes are kept, their class is not imported.
+    """
+    state = torch.load(file, map_location="cpu", weights_only=False, pickle_module=_Inert)
+    arguments = state.get("args") if isinstance(state, dict) else None
+    return dict(vars(arguments)) if isinstance(arguments, SimpleNamespace) else {}
+
+
+class _Descriptions(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if name in _DESCRIPTIONS.get(module, ()):
+            return super().find_class(module, name)
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        raise UnsafePickleError(f"it asks for {module}.{name}, which describes no tensor. Do not trust this file.")
+
+
+class _Anything(SimpleNamespace):
+    """Stands for an object of any class."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        super().__init__()
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, dict):
+            vars(self).update({str(name): value for name, value in state.items()})
+
+    def __call__(self, *_: Any) -> "_Anything":
+        return _Anything()
+
+    def __hash__(self) -> int:  # type: ignore[override]  # it may be a key or in a set
+        return id(self)
+
+
+class _InertUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        return _Anything
+
+
+class _Inert:
+    """A ``pickle_module`` for torch.load that imports nothing."""
+
+    Unpickler = _InertUnpickler
+
+    @staticmethod
+    def load(stream: io.BufferedIOBase, **_: Any) -> Any:
+        return _InertUnpickler(stream).load()
