@@ -113,6 +113,7 @@ def _tail(folder: Path, rank: int) -> str:
 
 def _load(program: str) -> Callable[[Any], Any]:
     file, _, name = program.rpartition(":")
+    sys.path.insert(0, str(Path(file).parent))  # as for a script: a program may have helpers beside it
     spec = importlib.util.spec_from_file_location(Path(file).stem, file)
     assert spec is not None
     assert spec.loader is not None
