@@ -5,6 +5,7 @@ VENV ?= .venv
 # the much larger CUDA build: make setup PIP_ARGS="--extra-index-url <CPU index named on pytorch.org>"
 PIP_ARGS ?=
 PYTEST_ARGS ?=
+LATTICE_ARGS ?=
 # Workers of pytest-xdist. Tests run torch on one thread each, so one worker a core.
 TEST_WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
@@ -13,14 +14,20 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check -c constraints-cpu.txt $(PIP_ARGS)
 RUN_STAMP := $(VENV)/.installed-run
 DEV_STAMP := $(VENV)/.installed-dev
+# Both ends of the supported range of Megatron-Core: .venv has the first, LATEST_VENV the second and all else from .venv.
+MEGATRON_FIRST := 0.16.1
+MEGATRON_LATEST := 0.19.2
+LATEST_VENV ?= .venv-megatron-latest
+LATEST_BIN := $(LATEST_VENV)/bin
+LATEST_STAMP := $(LATEST_VENV)/.installed-$(MEGATRON_LATEST)
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 FAST := not slow and not sglang and not gpu and not multihost
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test check coverage lattice test-sglang test-slow gpu-smoke docs clean
+.PHONY: help setup quickstart test check coverage lattice test-megatron-latest test-sglang test-slow gpu-smoke docs clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(DEV_STAMP)  ## install everything `make test` and `make check` need into .venv
 
@@ -43,9 +50,13 @@ coverage: setup  ## every line and branch of objectives/ and parallel/ is run by
 	$(ONE_THREAD) $(BIN)/python -m pytest -q -m "$(FAST)" tests/objectives tests/parallel --cov=asympo_megatron.objectives \
 	  --cov=asympo_megatron.parallel --cov-branch --cov-report=term-missing:skip-covered --cov-fail-under=100
 
-lattice: setup  ## losses and gradients agree over the grid of parallel layouts (not there yet)
-	@echo "lattice: the grid of layouts has no suite yet; tests/mcore covers the layouts one by one (make test, make test-slow)." >&2
-	@exit 1
+lattice: setup  ## one gradient in every parallel layout: all cells, as a table (LATTICE_ARGS=--lattice-page=... writes it)
+	$(ONE_THREAD) $(BIN)/python -m pytest -q -m "not gpu" --timeout=1800 tests/lattice $(LATTICE_ARGS)
+
+test-megatron-latest: $(LATEST_STAMP)  ## Megatron tests and part of the lattice on the newest supported Megatron-Core
+	$(ONE_THREAD) $(LATEST_BIN)/python -m pytest -m "$(FAST)" -n $(TEST_WORKERS) --dist loadfile $(PYTEST_ARGS) \
+	  tests/mcore tests/conversion tests/lattice
+	$(ONE_THREAD) $(LATEST_BIN)/python -m pytest --timeout=1200 tests/lattice/test_lattice.py -k "2mb-packed-asympo"
 
 test-sglang: setup  ## tests against a real SGLang server (not there yet)
 	@echo "test-sglang: no suite against a real SGLang server yet; tests/engine checks the recorded contract." >&2
@@ -59,7 +70,7 @@ docs: setup  ## regenerate docs/configuration.md from the schema
 	$(BIN)/python tools/config_reference.py
 
 clean:  ## remove the environment and caches; runs/ stays
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .coverage dist
+	rm -rf $(VENV) $(LATEST_VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .coverage dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -69,11 +80,24 @@ $(BIN)/python:
 # Two stamps: what a run needs, then the tools of a developer, so that `make quickstart` waits for the first only.
 $(RUN_STAMP): pyproject.toml constraints-cpu.txt | $(BIN)/python
 	@echo "installing into $(VENV), quietly; a minute or two ..."
-	@$(PIP) -e ".[cpu,tasks]"
+	@$(PIP) -e ".[cpu,tasks]" megatron-core==$(MEGATRON_FIRST)
 	@$(BIN)/python -W ignore -c "import reasoning_gym, asympo_megatron.trainer.run, asympo_megatron.engine"
 	@touch $@
 
 $(DEV_STAMP): $(RUN_STAMP)
 	@echo "installing the tools for tests and checks ..."
-	@$(PIP) -e ".[cpu,tasks,dev]"
+	@$(PIP) -e ".[cpu,tasks,dev]" megatron-core==$(MEGATRON_FIRST)
+	@touch $@
+
+# Its metadata asks for a newer Python than it needs. addsitedir also reads .venv's .pth files: the editable install is seen.
+$(LATEST_STAMP): $(DEV_STAMP)
+	@echo "installing Megatron-Core $(MEGATRON_LATEST) into $(LATEST_VENV), over $(VENV) ..."
+	@rm -rf $(LATEST_VENV)
+	@$(BIN)/python -m venv --without-pip $(LATEST_VENV)
+	@$(BIN)/python -m pip --python $(LATEST_BIN)/python install -qq --no-compile --disable-pip-version-check $(PIP_ARGS) \
+	  --no-deps --ignore-requires-python megatron-core==$(MEGATRON_LATEST)
+	@lent=$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))"); \
+	  own=$$($(LATEST_BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))"); \
+	  echo "import site; site.addsitedir('$$lent')" > $$own/base.pth
+	@$(LATEST_BIN)/python -c "from importlib.metadata import version as v; assert v('megatron-core') == '$(MEGATRON_LATEST)'"
 	@touch $@
