@@ -35,6 +35,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from asympo_megatron.conversion.places import Place
 from asympo_megatron.conversion.plain_pickle import UnsafePickleError, load_metadata
 from asympo_megatron.errors import CheckpointError
+from asympo_megatron.mcore.shards import VOCABULARY
 
 METADATA, CONFIG, COMMON = ".metadata", "metadata.json", "common.pt"
 
@@ -68,9 +69,11 @@ class TorchDistFiles:
         key, described, stack = self._find(place)
         axes = len(stack)
         size = tuple(described.size)
-        if size[axes + 1 :] != place.shape[1:] or size[axes] < place.shape[0]:
+        wanted = (*place.stack_shape[len(place.stack) - axes :], *place.shape)
+        padding = size[axes] - wanted[axes] if place.name in VOCABULARY else 0  # up to the layout that saved it
+        if padding < 0 or size != (*wanted[:axes], wanted[axes] + padding, *wanted[axes + 1 :]):
             raise CheckpointError(
-                f"{self.directory}: {key} has shape {size[axes:]}, but config.json says {place.shape}. "
+                f"{self.directory}: {key} has shape {size}, but config.json says {wanted}. "
                 "Give the config.json of this checkpoint's model."
             )
         box = ChunkStorageMetadata(

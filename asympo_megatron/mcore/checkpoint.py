@@ -66,7 +66,7 @@ def save(learner: "Learner", directory: Path) -> None:
 def _write(learner: "Learner", temporary: Path) -> str:
     """What went wrong and every rank knows of, or nothing."""
     try:
-        with _in_process_results():
+        with in_process_results():
             dist_checkpointing.save(_state(learner, loading=False), str(temporary))
     except CheckpointException as error:  # of torch, no Exception; the writers agree before they raise it
         return _last_line(error)
@@ -191,7 +191,7 @@ def _last_line(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _in_process_results() -> Iterator[None]:
+def in_process_results() -> Iterator[None]:
     """Let the writer hand its results over in this process.
 
     ``filesystem_async._get_write_results_queue`` starts a manager process by spawn for asynchronous saves: it imports
