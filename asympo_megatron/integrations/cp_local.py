@@ -95,7 +95,7 @@ def gather_batch(
     length_R = torch.tensor([part.numel() for part in log_probs], device=log_probs[0].device)
     row_T = torch.repeat_interleave(torch.arange(len(log_probs), device=length_R.device), length_R)
     ids_T = torch.where(torch.cat(list(local_masks)) > 0, row_T, UNTRAINED)
-    extra = {}
+    extra: dict[str, Any] = {}
     for name in needs:
         if not batch.get(_SOURCES[name]):
             raise BatchError(f"the objective needs {name}; the batch has no {_SOURCES[name]!r}. Record them first.")

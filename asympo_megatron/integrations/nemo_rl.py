@@ -99,8 +99,8 @@ def with_loss(setup: Callable[..., tuple[Any, ...]], loss: ASymPOLoss) -> Callab
         for name in _IGNORED:
             if getattr(master_config.loss_fn, name, 0):
                 raise ConfigError(
-                    f"loss_fn.{name} is {getattr(master_config.loss_fn, name)}; {loss.objective.name} has no such term. "
-                    f"Set loss_fn.{name}=0."
+                    f"loss_fn.{name} is {getattr(master_config.loss_fn, name)}; objective {loss.objective.name!r} has "
+                    f"no such term. Set loss_fn.{name}=0."
                 )
         parts = setup(master_config, *args, **kwargs)
         if sum(isinstance(part, ClippedPGLossFn) for part in parts) != 1:

@@ -40,8 +40,8 @@ def asympo_loss(
     chosen = build_objective(objective, **options)
     if not (isinstance(tokens_per_response, (int, float)) and tokens_per_response > 0):
         raise ConfigError(
-            f"trainer.loss.kwargs.tokens_per_response is {tokens_per_response!r}; set it to the mean trained length of a "
-            "response, in tokens: prime-rl divides by tokens, the objective by responses."
+            f"trainer.loss.kwargs.tokens_per_response is {tokens_per_response!r}; set it to the mean trained length of "
+            "a response, in tokens: prime-rl divides by tokens, the objective by responses."
         )
     scale = 1.0 if chosen.normalizer == "tokens" else float(tokens_per_response)
     mask_T = inputs.loss_mask

@@ -64,7 +64,7 @@ class ASymPOWorker(ActorPGWorker):
         self._check()
         batch, mask_key = data.batch, "response_mask"
         mask_RL = batch["response_mask"][:, 1:]
-        if "final_response_mask" in batch.keys():
+        if batch.get("final_response_mask", None) is not None:
             mask_RL, mask_key = batch["final_response_mask"], "final_response_mask"
         log_probs = self.strategy.op_compute_log_probs(
             logits=output_tensor, input_ids=batch["input_ids"], attention_mask=batch["response_mask"]

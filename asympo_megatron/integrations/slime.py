@@ -3,15 +3,15 @@
 Checked against slime v0.3.1-38-g624b824 of 2026-08-21 (``backends/megatron_utils/{loss,cp_utils,actor,model}.py``).
 
 slime hands each context-parallel rank its own tokens. ``get_log_probs_and_entropy`` returns them in zigzag order, also
-under ``--allgather-cp`` (contiguous split), and applies temperature, tensor parallelism and top-p replay. ``loss_function``
-multiplies what we return by micro-batches / rollouts x (DP x CP), which Megatron's averaging undoes: the divisor is the
-number of rollouts of the step. That is N where a rollout is one sample. ``sum_of_sample_mean`` is not used: it divides
-by ``rollout_mask_sums``, which span the samples of a rollout.
+under ``--allgather-cp`` (contiguous split), and applies temperature, tensor parallelism and top-p replay.
+``loss_function`` multiplies what we return by micro-batches / rollouts x (DP x CP), which Megatron's averaging undoes:
+the divisor is the number of rollouts of the step. That is N where a rollout is one sample. ``sum_of_sample_mean`` is
+not used: it divides by ``rollout_mask_sums``, which span the samples of a rollout.
 
 What it saves: with ``--disable-compute-advantages-and-returns --rollout-data-postprocess-path
 asympo_megatron.integrations.slime.fill_advantages`` the log-prob forward pass (and the reference model's) is not run.
-``--use-rollout-logprobs`` alone also skips it, but reads the shapes of the engine's log-probs. slime asks the engine for
-log-probs whatever the flags (``rollout/sglang_rollout.py``); only a custom generate function can leave that out.
+``--use-rollout-logprobs`` alone also skips it, but reads the shapes of the engine's log-probs. slime asks the engine
+for log-probs whatever the flags (``rollout/sglang_rollout.py``); only a custom generate function can leave that out.
 """
 
 from collections.abc import Callable

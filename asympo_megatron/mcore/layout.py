@@ -117,12 +117,7 @@ def _layout(config: Config, device: torch.device) -> Layout:
     dp_rank, dp_size = state.get_data_parallel_rank(), state.get_data_parallel_world_size()
     parallel = config.parallel
     return Layout(
-        groups=ParallelGroups(
-            tensor=_unless_alone(state.get_tensor_model_parallel_group()),
-            context=_unless_alone(state.get_context_parallel_group()),
-            data_context=_unless_alone(state.get_data_parallel_group(with_context_parallel=True)),
-            pipeline=_unless_alone(state.get_pipeline_model_parallel_group()),
-        ),
+        groups=megatron_groups(),
         rank=rank,
         world_size=world_size,
         dp_rank=dp_rank,
@@ -130,6 +125,18 @@ def _layout(config: Config, device: torch.device) -> Layout:
         pad_multiple=(2 * parallel.context if parallel.context > 1 else 1)
         * (parallel.tensor if parallel.sequence else 1),
         device=device,
+    )
+
+
+def megatron_groups() -> ParallelGroups:
+    """The groups of Megatron's ``parallel_state``, whoever initialised it."""
+    from megatron.core import parallel_state as state
+
+    return ParallelGroups(
+        tensor=_unless_alone(state.get_tensor_model_parallel_group()),
+        context=_unless_alone(state.get_context_parallel_group()),
+        data_context=_unless_alone(state.get_data_parallel_group(with_context_parallel=True)),
+        pipeline=_unless_alone(state.get_pipeline_model_parallel_group()),
     )
 
 

@@ -1,0 +1,115 @@
+"""Megatron-LM: ``pretrain(..., forward_step_func=make_forward_step(objective, megatron_groups))``.
+
+Checked against Megatron-LM d98e8a6 of 2026-08-22 (core 0.20.0 in development; ``megatron/training/training.py``,
+``core/pipeline_parallel/schedules.py``, ``pretrain_gpt.py``); run against megatron-core 0.16.1.
+
+``make_loss_func`` gives the loss callback alone, for anybody's ``forward_backward_func``. It returns Megatron's
+3-tuple: the sum over local tokens, what this rank adds to N, and figures as [total, count], which ``training.py`` sums
+over micro-batches and DP x CP and then divides. Without ``--calculate-per-token-loss`` Megatron divides each
+micro-batch by its local count instead: that is refused.
+
+The NLL is what the model returns for ``labels``: at temperature 1. If responses were sampled at another temperature,
+compute the NLL from logits / temperature and call the loss function with it.
+
+What it saves: a training loop of your own needs neither log-probs from the engine nor a pass to compute old ones.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+from megatron.core.utils import get_model_config
+from torch import Tensor
+
+from asympo_megatron.batch import ResponseBatch
+from asympo_megatron.errors import BatchError, ConfigError
+from asympo_megatron.mcore.layout import megatron_groups
+from asympo_megatron.mcore.loss import loss_terms
+from asympo_megatron.objectives import Objective
+from asympo_megatron.parallel import ParallelGroups
+
+__all__ = ["make_forward_step", "make_loss_func", "megatron_groups", "split_batch"]
+
+LossFunc = Callable[[ResponseBatch, Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
+
+_INPUTS = {
+    "tokens": "input_ids",
+    "position_ids": "position_ids",
+    "attention_mask": "attention_mask",
+    "labels": "labels",
+    "packed_seq_params": "packed_seq_params",
+}
+"""Keys of a batch and the arguments of ``GPTModel.forward`` that they become."""
+
+
+def make_loss_func(objective: Objective, groups: ParallelGroups) -> LossFunc:
+    """The loss callback of Megatron's schedules, without its first argument: ``partial(loss_func, responses)``.
+
+    Args:
+        objective: what :func:`asympo_megatron.build_objective` returned.
+        groups: :func:`megatron_groups`, or your own; only ``groups.context`` is used.
+
+    Returns:
+        ``loss_func(responses, token_nll)``: ``token_nll`` of any shape holds one entry for each of
+        ``responses.response_ids_T``; it returns (loss sum, count, figures as float32 [2]).
+    """
+
+    def loss_func(responses: ResponseBatch, token_nll: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        loss_sum, count, stats = loss_terms(objective, token_nll.flatten(), responses, groups)
+        figures = {name: stat.values_K.float() for name, stat in stats.items() if stat.kind == "mean"}
+        return loss_sum, count, figures
+
+    return loss_func
+
+
+def split_batch(batch: Mapping[str, Any]) -> tuple[dict[str, Any], ResponseBatch]:
+    """Arguments of the model and the batch of the objective.
+
+    Args:
+        batch: ``tokens``, ``labels`` and ``response_ids`` of one shape (this rank's tokens, ``labels`` shifted before
+            any context-parallel split), ``advantages`` [R], ``token_counts`` [R] of whole responses; optional
+            ``position_ids``, ``attention_mask``, ``packed_seq_params``.
+
+    Raises:
+        BatchError: a key is missing.
+    """
+    wanted = ("tokens", "labels", "response_ids", "advantages", "token_counts")
+    missing = [key for key in wanted if key not in batch]
+    if missing:
+        raise BatchError(f"the batch has no {', '.join(missing)}; it holds {', '.join(sorted(batch))}.")
+    inputs = {argument: batch.get(key) for key, argument in _INPUTS.items()}
+    return inputs, ResponseBatch(batch["response_ids"].flatten(), batch["advantages"], batch["token_counts"])
+
+
+def make_forward_step(
+    objective: Objective,
+    groups: Callable[[], ParallelGroups] = megatron_groups,
+    get_batch: Callable[[Iterator[Any]], tuple[dict[str, Any], ResponseBatch]] | None = None,
+) -> Callable[..., tuple[Tensor, Callable[[Tensor], Any]]]:
+    """``forward_step_func`` for ``pretrain`` and for ``get_forward_backward_func()``.
+
+    Args:
+        objective: what :func:`asympo_megatron.build_objective` returned.
+        groups: called at every step, as Megatron initialises its groups only inside ``pretrain``.
+        get_batch: (model arguments, responses) of the next micro-batch; default: :func:`split_batch` of the next item.
+    """
+
+    def forward_step(data_iterator: Iterator[Any], model: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
+        require_per_token_loss(model)
+        inputs, responses = split_batch(next(data_iterator)) if get_batch is None else get_batch(data_iterator)
+        return model(**inputs), partial(make_loss_func(objective, groups()), responses)
+
+    return forward_step
+
+
+def require_per_token_loss(model: Any) -> None:
+    """Refuse the setting under which Megatron divides every micro-batch by its local count.
+
+    Raises:
+        ConfigError: ``calculate_per_token_loss`` is off.
+    """
+    if not get_model_config(model).calculate_per_token_loss:
+        raise ConfigError(
+            "calculate_per_token_loss is False: Megatron would divide each micro-batch by its local count, not by N. "
+            "Pass --calculate-per-token-loss, or set it in the model's TransformerConfig."
+        )
