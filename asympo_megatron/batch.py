@@ -4,7 +4,7 @@ Axis suffixes: T local packed tokens, R responses of the micro-batch.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ class ResponseBatch:
         behavior_logprob_T: float [T] or None. log mu of the sampled tokens (only objectives that declare the need).
         proximal_logprob_T: float [T] or None. log-probs of the proximal (or old) policy.
         reference_logprob_T: float [T] or None. log-probs of the reference policy.
+        statistics: name to 0-d tensor: statistics of the whole global batch, the same in every micro-batch.
 
     Every ``_T`` tensor is aligned with the targets: position t scores target t.
 
@@ -41,6 +42,7 @@ class ResponseBatch:
     behavior_logprob_T: Tensor | None = None
     proximal_logprob_T: Tensor | None = None
     reference_logprob_T: Tensor | None = None
+    statistics: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _expect("response_ids_T", self.response_ids_T, 1, integer=True)
@@ -66,6 +68,19 @@ class ResponseBatch:
     def num_responses(self) -> int:
         """Number of responses R of this micro-batch, those without trained tokens included."""
         return self.advantage_R.shape[0]
+
+    def statistic(self, name: str) -> Tensor:
+        """A statistic of the whole global batch.
+
+        Raises:
+            BatchError: nobody computed it; one micro-batch must not stand in for the whole batch.
+        """
+        if name not in self.statistics:
+            raise BatchError(
+                f"the batch carries no statistic {name!r} of the whole global batch. Call objective.statistics() once "
+                "a step on all micro-batches (Learner.step does) and pass its result on as ResponseBatch.statistics."
+            )
+        return self.statistics[name]
 
 
 @dataclass(frozen=True)

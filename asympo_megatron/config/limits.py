@@ -7,6 +7,7 @@ from typing import Any
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "model.dtype": ("fp32", "bf16"),
     "optimizer.schedule": ("constant", "linear", "cosine"),
+    "objective.kl_estimator": ("k1", "k2", "k3"),
     "advantage.estimator": ("group_mean", "mean_std", "leave_one_out", "none"),
     "rollout.source": ("engines", "replay", "supervised"),
     "rollout.engine": ("embedded", "sglang"),
@@ -35,6 +36,7 @@ AT_LEAST: Mapping[str, float] = {
     "optimizer.warmup_steps": 0,
     "optimizer.weight_decay": 0,
     "optimizer.clip_grad": 0,
+    "objective.kl_coef": 0,
     "rollout.num_engines": 1,
     "rollout.max_in_flight_per_engine": 1,
     "rollout.max_lag_steps": 0,

@@ -33,6 +33,8 @@ class ModelConfig:
     tokenizer and vocab_size then come from the task."""
     init: str = "random"
     """random | hf (weights of `path`) | a checkpoint, or the checkpoints directory (its newest), of an earlier run."""
+    reference: str | None = None
+    """Reference policy of objective.kl_coef: hf | a checkpoint, as for `init`; null: the weights that `init` names."""
     dtype: str = "fp32"
     """fp32 | bf16."""
     init_std: float = 0.02
@@ -99,9 +101,14 @@ class DDPConfig:
 @dataclass
 class ObjectiveConfig:
     name: str = "asympo"
-    """asympo | spo | reinforce | grpo | sft, an installed entry point, or pkg.mod:Class."""
+    """asympo | spo | reinforce | asymre | opmd | topr | grpo | dr_grpo | dapo | gspo | cispo | sapo | vespo | m2po |
+    decoupled_ppo | tis | icepop | mis | sft, an installed entry point, or pkg.mod:Class."""
     options: dict[str, Any] = field(default_factory=dict)
     """Options of that objective, e.g. nll_floor for asympo (default 1e-3 nats a token: ours)."""
+    kl_coef: float = 0.0
+    """Weight of a KL penalty against model.reference; 0: none, and no reference policy is loaded or run."""
+    kl_estimator: str = "k3"
+    """k1 | k2 | k3: see docs/objectives.md for the gradient of each."""
 
 
 @dataclass

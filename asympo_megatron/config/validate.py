@@ -163,3 +163,7 @@ def _check_model(config: Config) -> None:
         )
     if config.model.init == "hf" and not config.model.path:
         raise ConfigError("model.init=hf needs model.path, a Hugging Face directory with safetensors.")
+    if config.model.reference == "hf" and not config.model.path:
+        raise ConfigError("model.reference=hf needs model.path, a Hugging Face directory with safetensors.")
+    if config.model.reference == "random":
+        raise ConfigError("model.reference=random names no policy; null takes the weights that model.init names.")

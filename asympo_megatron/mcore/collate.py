@@ -3,7 +3,7 @@
 Axis suffixes: T local packed tokens, R responses of the micro-batch, S packed sequences.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +24,7 @@ class Row:
         mask: 1 where a response token is trained, 0 for tool tokens (everywhere for a masked response).
         advantage: computed on the complete group.
         behavior_logprobs: log mu of ``ids``, or None.
+        proximal_logprobs, reference_logprobs: what a scoring pass found for ``ids``, or None.
     """
 
     prompt_ids: Sequence[int]
@@ -31,6 +32,16 @@ class Row:
     mask: Sequence[int]
     advantage: float
     behavior_logprobs: Sequence[float] | None = None
+    proximal_logprobs: Sequence[float] | None = None
+    reference_logprobs: Sequence[float] | None = None
+
+
+LOGPROBS = {
+    "behavior_logprobs": "behavior_logprob_T",
+    "proximal_logprobs": "proximal_logprob_T",
+    "reference_logprobs": "reference_logprob_T",
+}
+"""Field of a row -> tensor of the ResponseBatch. A tensor exists where every row with trained tokens has the field."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +98,10 @@ def collate(rows: Sequence[Row], layout: Layout) -> MicroBatch:
     behind the last trained one. Without any trained token, a dummy sequence keeps every collective in step.
     """
     tokens, targets, response_ids, fill, lengths = [], [], [], [], []
-    logprobs: list[float] | None = []
+    trained_rows = [row for row in rows if any(row.mask)]
+    logprobs: dict[str, list[float]] = {
+        field: [] for field in LOGPROBS if all(getattr(row, field) is not None for row in trained_rows)
+    }
     padded = 0
     for number, row in enumerate(rows):
         used = _used_tokens(row)
@@ -104,17 +118,15 @@ def collate(rows: Sequence[Row], layout: Layout) -> MicroBatch:
         fill += [0] * size + [1] * padding
         lengths.append(size + padding)
         padded += padding
-        if logprobs is not None and row.behavior_logprobs is not None:
-            logprobs += [0.0] * silent + list(row.behavior_logprobs[:used]) + [0.0] * padding
-        else:
-            logprobs = None
+        for field, values in logprobs.items():
+            values += [0.0] * silent + list(getattr(row, field)[:used]) + [0.0] * padding
     real_tokens = sum(lengths) - padded
     if not lengths:
         lengths = [layout.pad_multiple]
         tokens = targets = [0] * layout.pad_multiple
         response_ids = [UNTRAINED] * layout.pad_multiple
         fill = [1] * layout.pad_multiple
-        logprobs = [0.0] * layout.pad_multiple
+        logprobs = {field: [0.0] * layout.pad_multiple for field in LOGPROBS}
     groups, device = layout.groups, layout.device
     packed = PackedSequences.of(lengths, device, groups.context_size, groups.context_rank)
     index = packed.index_of(groups.context_rank) if groups.context_size > 1 else None
@@ -127,10 +139,22 @@ def collate(rows: Sequence[Row], layout: Layout) -> MicroBatch:
         response_ids_T=local(response_ids, torch.int64),
         advantage_R=torch.tensor([row.advantage for row in rows], dtype=torch.float32).to(device),
         token_count_R=torch.tensor([sum(row.mask) for row in rows], dtype=torch.int64).to(device),
-        behavior_logprob_T=None if logprobs is None else local(logprobs, torch.float32),
+        **{LOGPROBS[field]: local(values, torch.float32) for field, values in logprobs.items()},  # type: ignore[arg-type]
     )
     inputs, labels = local(tokens, torch.int64)[None], local(targets, torch.int64)[None]
     return MicroBatch(inputs, labels, packed, responses, local(fill, torch.bool)[None], real_tokens)
+
+
+def scored_spans(rows: Sequence[Row], pad_multiple: int) -> Iterator[tuple[int, int, int]]:
+    """Where :func:`collate` puts what is scored: (row, position of its first response token, tokens) in the pack of
+    whole sequences, for every row with trained tokens."""
+    start = 0
+    for number, row in enumerate(rows):
+        used = _used_tokens(row)
+        if used:
+            yield number, start + len(row.prompt_ids) - 1, used
+            size = len(row.prompt_ids) + used - 1
+            start += size + -size % pad_multiple
 
 
 def _used_tokens(row: Row) -> int:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import tee
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,18 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from asympo_megatron.config import Config
-from asympo_megatron.errors import AsympoError, BatchError, NonFiniteLossError
+from asympo_megatron.errors import AsympoError, BatchError, ConfigError, NonFiniteLossError, UnknownNameError
 from asympo_megatron.mcore import checkpoint, cpu
 from asympo_megatron.mcore.checksum import weights_checksum
-from asympo_megatron.mcore.collate import MicroBatch, Row, check_rows, collate
+from asympo_megatron.mcore.collate import LOGPROBS, MicroBatch, Row, check_rows, collate
 from asympo_megatron.mcore.layout import Layout
 from asympo_megatron.mcore.loss import LOSS_SUM, RESPONSES, ForwardStep
 from asympo_megatron.mcore.model import build_chunks
 from asympo_megatron.mcore.model_config import plan_model
 from asympo_megatron.mcore.moe import ExpertBalance
 from asympo_megatron.mcore.optimizer import Schedule, build_optimizer, wrap_ddp
+from asympo_megatron.mcore.reference import ReferenceWeights, restored
+from asympo_megatron.mcore.scoring import PASSES, score_rows, with_statistics
 from asympo_megatron.mcore.shards import Shard, draw_initial_weights, shards
 from asympo_megatron.parallel import merge_stats, reduce_stats
 
@@ -52,7 +55,9 @@ class Learner:
         self.step_count = 0
         self._schedule = Schedule(config, self.optimizer)
         self._forward_step = ForwardStep(objective, layout.groups)
-        self._needs_logprobs = "behavior_logprob_T" in getattr(objective, "needs", ())
+        self._objective = objective
+        self._needed = [field for field, tensor in LOGPROBS.items() if tensor in getattr(objective, "needs", ())]
+        self._reference: ReferenceWeights | None = None
         self._balance: ExpertBalance | None = None
         if self.plan.facts.moe is not None:
             self._balance = ExpertBalance(self.chunks, self.plan.transformer, objective, layout.groups)
@@ -73,8 +78,9 @@ class Learner:
             NonFiniteLossError: loss or gradient norm is NaN or infinite, on every rank; weights, optimizer state and
                 step counter are as before.
         """
-        self._agree(self._problem(microbatches))
+        self._agree(self._problem(microbatches, self._needed))
         batches = [collate(rows, self.layout) for rows in self._full_waves(microbatches)]
+        batches = with_statistics(self._objective, batches, self.layout.groups)
         if self._balance is not None:
             self._balance.begin(batches)
         figures = self._forward_backward(batches)
@@ -91,6 +97,50 @@ class Learner:
         self.step_count += 1
         routing = {} if self._balance is None else self._balance.figures()
         return {**figures, **routing, "grad_norm": grad_norm, "lr": self.optimizer.param_groups[0]["lr"]}
+
+    @property
+    def passes(self) -> tuple[str, ...]:
+        """The scoring passes that the objective needs before each step: none for asympo, spo, reinforce."""
+        return tuple(which for which in ("proximal", "reference") if PASSES[which] in self._needed)
+
+    def score(self, microbatches: Sequence[Sequence[Row]], which: str) -> list[list[Row]]:
+        """The same rows with log-probs of their tokens, from a forward pass in any layout; nothing is trained.
+
+        Args:
+            microbatches: as for :meth:`step`; possibly none.
+            which: ``proximal`` or, the same, ``old``: the current weights, into ``Row.proximal_logprobs`` |
+                ``reference``: those of :meth:`hold_reference`, into ``Row.reference_logprobs``.
+
+        Raises:
+            BatchError: rows that cannot be scored; on every rank.
+            ConfigError: no reference policy is held.
+        """
+        if which not in PASSES:
+            raise UnknownNameError("scoring pass", which, PASSES)
+        self._agree(self._problem(microbatches, ()))
+        waves = self._full_waves(microbatches)
+        with self._weights_of(which):
+            length = self.config.batch.max_tokens_per_microbatch
+            scored = score_rows(self.chunks, waves, PASSES[which], self.layout, length)
+        return scored[: len(microbatches)]
+
+    def hold_reference(self, load: Callable[[], None] | None = None) -> None:
+        """Keep a copy of the weights as the reference policy; before the first step.
+
+        Args:
+            load: puts the reference weights into the parameters, which get their own back afterwards; None: the
+                weights that they hold now.
+        """
+        if self.step_count:
+            raise ConfigError(f"the reference policy is taken before the first step; this is step {self.step_count}.")
+        params = [shard.param for shard in self.shards()]
+        if load is None:
+            self._reference = ReferenceWeights(params)
+            return
+        with restored(params):
+            load()
+            self._reference = ReferenceWeights(params)
+        self.weights_changed()
 
     def shards(self) -> Iterator[Shard]:
         """Every local parameter with its place in the global model; weights are current when this returns."""
@@ -151,12 +201,23 @@ class Learner:
         most = self._largest(len(microbatches)) if parallel.expert > 1 else len(microbatches)
         return [*microbatches, *([()] * (-(-max(most, 1) // wave) * wave - len(microbatches)))]
 
-    def _problem(self, microbatches: Sequence[Sequence[Row]]) -> AsympoError | None:
+    @contextmanager
+    def _weights_of(self, which: str) -> Iterator[None]:
+        params = [shard.param for shard in self.shards()]  # also gathers what the optimizer has not sent yet
+        if which != "reference":
+            yield
+            return
+        if self._reference is None:
+            raise ConfigError("no reference policy is held. Call Learner.hold_reference() before training.")
+        with self._reference.in_place_of(params):
+            yield
+
+    def _problem(self, microbatches: Sequence[Sequence[Row]], needed: Sequence[str]) -> AsympoError | None:
         try:
             for rows in microbatches:
                 check_rows(rows, self.plan.facts.vocab_size, self.config.batch.max_tokens_per_microbatch)
-                if self._needs_logprobs:
-                    _check_logprobs(rows)
+                for field in needed:
+                    _check_logprobs(rows, field)
         except BatchError as error:
             return error
         return None
@@ -215,17 +276,19 @@ class Learner:
             )
 
 
-def _check_logprobs(rows: Sequence[Row]) -> None:
+def _check_logprobs(rows: Sequence[Row], field: str) -> None:
     """Found here, and not by the objective: that would raise inside the forward pass of one rank, the others waiting.
 
     Raises:
-        BatchError: a response with trained tokens and without one behavior log-probability a token.
+        BatchError: a response with trained tokens and without one log-probability a token.
     """
+    remedy = "Record them" if field == "behavior_logprobs" else f"Call Learner.score() for {field}"
     for number, row in enumerate(rows):
-        got = None if row.behavior_logprobs is None else len(row.behavior_logprobs)
+        values = getattr(row, field)
+        got = None if values is None else len(values)
         if any(row.mask) and got != len(row.ids):
             raise BatchError(
-                f"response {number} has {'no' if got is None else got} behavior_logprobs for {len(row.ids)} tokens, "
-                "and the objective needs one each. Record them, or use an objective without behavior data: asympo, "
+                f"response {number} has {'no' if got is None else got} {field} for {len(row.ids)} tokens, and the "
+                f"objective needs one each. {remedy}, or use an objective that reads the current policy only: asympo, "
                 "spo, reinforce."
             )

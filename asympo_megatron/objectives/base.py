@@ -4,8 +4,9 @@ The loss is always ``(weight_T * token_nll_T).sum()``; the weights come out of a
 detach that could be forgotten. Axis suffixes: T local packed tokens, R responses of the micro-batch.
 """
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -24,12 +25,19 @@ objective has already divided every token by a fixed number of tokens."""
 class Objective(ABC):
     """Base of all objectives: frozen dataclasses whose fields are the options.
 
-    Subclasses define ``name`` and :meth:`weigh`; ``needs`` names the optional tensors of
-    :class:`~asympo_megatron.batch.ResponseBatch` that :meth:`weigh` reads.
+    Subclasses define ``name`` and :meth:`weigh`.
     """
 
     name: ClassVar[str]
-    needs: ClassVar[frozenset[str]] = frozenset()
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Optional tensors of :class:`~asympo_megatron.batch.ResponseBatch` that :meth:`weigh` reads.
+
+        ``behavior_logprob_T`` comes with the responses; ``proximal_logprob_T`` and ``reference_logprob_T`` each cost
+        a scoring pass, a forward pass over the global batch before the step.
+        """
+        return frozenset()
 
     @property
     def normalizer(self) -> Normalizer:
@@ -51,6 +59,24 @@ class Objective(ABC):
             weight_T [T] such that the gradient of the objective is sum_t weight_t grad(nll_t) over all ranks and
             micro-batches, divided by the normalizer; values at untrained tokens are ignored. And local metrics.
         """
+
+    def statistics(self, batches: Sequence[ResponseBatch], groups: ParallelGroups = SINGLE) -> Mapping[str, Tensor]:
+        """Collective: what :meth:`weigh` reads of the whole global batch, through ``ResponseBatch.statistic``.
+
+        Called once a step, before any :meth:`weigh`; by default there is nothing to know.
+
+        Args:
+            batches: every micro-batch of this rank, scored.
+            groups: to be reduced over ``groups.data_context``.
+        """
+        return {}
+
+    def share(self, batch: ResponseBatch) -> Tensor:
+        """[R] 1 / l_i: what the term of a token is multiplied by, beside the division by the normalizer."""
+        if self.normalizer == "responses":
+            length_R = batch.token_count_R.to(batch.advantage_R.dtype)
+            return torch.where(batch.token_count_R > 0, length_R.reciprocal(), 0.0)
+        return torch.ones_like(batch.advantage_R)
 
     def __call__(self, token_nll_T: Tensor, batch: ResponseBatch, groups: ParallelGroups = SINGLE) -> ObjectiveOutput:
         """Sum of weight x token_nll over this rank's trained tokens.
@@ -98,18 +124,20 @@ class Objective(ABC):
             if getattr(batch, name) is None:
                 raise BatchError(
                     f"objective {self.name!r} needs {name}, which the batch does not carry. Provide it, or use an "
-                    "objective without behavior data: asympo, spo, reinforce."
+                    "objective that reads the current policy only: asympo, spo, reinforce."
                 )
 
 
-def require_number(objective: str, options: Mapping[str, object], *, low: float, inclusive: bool) -> None:
+def require_number(
+    objective: str, options: Mapping[str, object], *, low: float = -math.inf, inclusive: bool = False
+) -> None:
     """Refuse options that are not finite numbers above (or at) ``low``.
 
     Raises:
         ConfigError: the message names objective, option, value and range.
     """
+    bound = "" if low == -math.inf else f" at least {low:g}" if inclusive else f" greater than {low:g}"
     for name, value in options.items():
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not (number and low <= float(value) < float("inf") and (inclusive or value != low)):  # type: ignore[arg-type]
-            bound = f"at least {low:g}" if inclusive else f"greater than {low:g}"
-            raise ConfigError(f"objective {objective!r}: {name} is {value!r}; it must be a finite number {bound}.")
+        if not (number and low <= float(value) < math.inf and (inclusive or value != low)):  # type: ignore[arg-type]
+            raise ConfigError(f"objective {objective!r}: {name} is {value!r}; it must be a finite number{bound}.")

@@ -8,11 +8,20 @@ from types import MappingProxyType
 
 from asympo_megatron.errors import ConfigError, UnknownNameError
 from asympo_megatron.objectives.asympo import ASymPO
+from asympo_megatron.objectives.asymre import AsymRE
 from asympo_megatron.objectives.base import Objective
-from asympo_megatron.objectives.grpo import GRPO
+from asympo_megatron.objectives.cispo import CISPO
+from asympo_megatron.objectives.decoupled import MIS, TIS, DecoupledPPO, IcePop
+from asympo_megatron.objectives.grpo import DAPO, GRPO, DrGRPO
+from asympo_megatron.objectives.gspo import GSPO
+from asympo_megatron.objectives.m2po import M2PO
+from asympo_megatron.objectives.opmd import OPMD
 from asympo_megatron.objectives.reinforce import Reinforce
+from asympo_megatron.objectives.sapo import SAPO
 from asympo_megatron.objectives.sft import SFT
 from asympo_megatron.objectives.spo import SPO
+from asympo_megatron.objectives.topr import TOPR
+from asympo_megatron.objectives.vespo import VESPO
 
 OBJECTIVES: Mapping[str, type[Objective]] = MappingProxyType(
     {
@@ -20,7 +29,21 @@ OBJECTIVES: Mapping[str, type[Objective]] = MappingProxyType(
         "spo": SPO,
         "asympo_spo": SPO,
         "reinforce": Reinforce,
+        "asymre": AsymRE,
+        "opmd": OPMD,
+        "topr": TOPR,
         "grpo": GRPO,
+        "dr_grpo": DrGRPO,
+        "dapo": DAPO,
+        "gspo": GSPO,
+        "cispo": CISPO,
+        "sapo": SAPO,
+        "vespo": VESPO,
+        "m2po": M2PO,
+        "decoupled_ppo": DecoupledPPO,
+        "tis": TIS,
+        "icepop": IcePop,
+        "mis": MIS,
         "sft": SFT,
     }
 )

@@ -1,5 +1,6 @@
 """Process groups as data, per-response sums over context parallelism, vocabulary-parallel token NLL, zigzag split."""
 
+from asympo_megatron.parallel.bounds import largest_bound
 from asympo_megatron.parallel.context import merge_context, split_context, zigzag_index
 from asympo_megatron.parallel.groups import SINGLE, ParallelGroups
 from asympo_megatron.parallel.responses import spread_to_tokens, sum_per_response
@@ -10,6 +11,7 @@ __all__ = [
     "SINGLE",
     "ParallelGroups",
     "Stat",
+    "largest_bound",
     "merge_context",
     "merge_stats",
     "reduce_stats",

@@ -1,6 +1,6 @@
 """The training loop: lease groups, pack, step, publish, checkpoint.
 
-lease(s) -> plan -> samples -> learner.step -> weights s + 1 -> publish -> checkpoint -> metrics row s + 1
+lease(s) -> plan -> samples -> scoring passes -> learner.step -> weights s + 1 -> publish -> checkpoint -> row s + 1
 """
 
 import time
@@ -51,6 +51,9 @@ class TrainingLoop:
         lease = self._source.lease(step)
         microbatches = self._fetch(lease)
         clock.lap("time/wait_s")
+        for which in self._learner.passes:
+            microbatches = self._learner.score(microbatches, which)
+            clock.lap(f"time/score_{which}_s")
         figures = self._learner.step(microbatches, len(lease.responses))
         checksum = self._learner.checksum()
         clock.lap("time/train_s")

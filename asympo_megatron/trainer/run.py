@@ -9,7 +9,7 @@ from asympo_megatron.config import Config, RunDir
 from asympo_megatron.errors import AsympoError, ConfigError
 from asympo_megatron.mcore import Checkpoints, Layout, Learner, initialize, shutdown
 from asympo_megatron.metrics import MetricsWriter, open_sinks
-from asympo_megatron.objectives import Objective, build_objective
+from asympo_megatron.objectives import Objective, build_objective, penalize_kl
 from asympo_megatron.tasks import load_task, prepare_model_dir
 from asympo_megatron.trainer.client import ControllerClient
 from asympo_megatron.trainer.exchange import Exchange
@@ -33,6 +33,7 @@ def train(config: Config) -> None:
         exchange = Exchange(layout.rank, layout.world_size, layout.dp_rank)
         model_dir = Path(exchange.from_rank0(lambda: str(_prepare(config, run_dir)), str))
         objective = build_objective(config.objective.name, **config.objective.options)
+        objective = penalize_kl(objective, config.objective.kl_coef, config.objective.kl_estimator)
         learner = _learner(config, layout, objective, model_dir)
         checkpoints = Checkpoints(run_dir.checkpoints, config.checkpoint.keep_last)
         _load_weights(config, learner, checkpoints)
@@ -56,23 +57,38 @@ def _learner(config: Config, layout: Layout, objective: Objective, model_dir: Pa
 
 
 def _load_weights(config: Config, learner: Learner, checkpoints: Checkpoints) -> None:
-    """Resume this run, or start it from what model.init names."""
+    """Resume this run, or start it from what model.init names; the reference policy is the same after a resume."""
     newest = checkpoints.newest()
     if newest is not None and not config.checkpoint.resume:
         raise ConfigError(
             f"checkpoint.resume is false, but {checkpoints.root} holds an earlier run's checkpoints. "
             "Set run.name to a new run, or remove that directory."
         )
+    needs_reference = "reference" in learner.passes
+    if newest is None or needs_reference:
+        _load(config, learner, config.model.init)
+    if needs_reference:
+        reference = config.model.reference
+        learner.hold_reference(None if reference is None else lambda: _load(config, learner, reference))
+    elif config.model.reference is not None:
+        raise ConfigError(
+            f"model.reference is {config.model.reference}, but nothing reads a reference policy. "
+            "Set objective.kl_coef, or model.reference=null."
+        )
     if newest is not None:
         learner.load(newest)
         log.info("resumed from %s at step %d", newest, learner.step_count)
-    elif config.model.init == "hf":
+
+
+def _load(config: Config, learner: Learner, source: str) -> None:
+    """Weights of model.init or model.reference; the learner has drawn random ones already."""
+    if source == "hf":
         from asympo_megatron.conversion import load_hf
 
         assert config.model.path is not None  # validate() saw to it
         load_hf(learner, Path(config.model.path))
-    elif config.model.init != "random":
-        learner.load(Checkpoints.find(Path(config.model.init)), weights_only=True)
+    elif source != "random":
+        learner.load(Checkpoints.find(Path(source)), weights_only=True)
 
 
 def _source(

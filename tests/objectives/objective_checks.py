@@ -5,10 +5,12 @@ nll_t = softplus(features_t . theta), all in float64.
 """
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
+from published_losses import published_loss
 from torch import Tensor
 
 from asympo_megatron.batch import ResponseBatch
@@ -29,12 +31,23 @@ class Case:
     advantage_R: Tensor
     count_R: Tensor
     behavior_T: Tensor
+    proximal_T: Tensor
+    reference_T: Tensor
+    statistics: Mapping[str, Tensor] = field(default_factory=dict)
 
     def nll(self, theta: Tensor | None = None) -> Tensor:
         return F.softplus(self.features_TD @ (self.theta if theta is None else theta))
 
     def batch(self) -> ResponseBatch:
-        return ResponseBatch(self.ids_T, self.advantage_R, self.count_R, behavior_logprob_T=self.behavior_T)
+        return ResponseBatch(
+            self.ids_T,
+            self.advantage_R,
+            self.count_R,
+            self.behavior_T,
+            self.proximal_T,
+            self.reference_T,
+            self.statistics,
+        )
 
     def take(self, index_T: Tensor) -> "Case":
         """Some of the tokens (of one rank), in the given order; responses and their counts stay whole."""
@@ -43,6 +56,8 @@ class Case:
             features_TD=self.features_TD[index_T],
             ids_T=self.ids_T[index_T],
             behavior_T=self.behavior_T[index_T],
+            proximal_T=self.proximal_T[index_T],
+            reference_T=self.reference_T[index_T],
         )
 
     def rows(self, rows: list[int]) -> "Case":
@@ -72,10 +87,15 @@ def make_case(seed: int = 0, responses: int = 7, dim: int = 5) -> Case:
         ids_T=torch.tensor(ids)[order],
         advantage_R=advantage_R,
         count_R=count_R,
-        behavior_T=torch.zeros(len(ids), dtype=torch.float64),
+        behavior_T=torch.zeros(0),
+        proximal_T=torch.zeros(0),
+        reference_T=torch.zeros(0),
     )
-    noise_T = 0.4 * torch.randn(len(ids), generator=generator, dtype=torch.float64)
-    return replace(case, behavior_T=-case.nll() + noise_T)
+    # log-probs of policies that have drifted apart; what stands at untrained tokens is nonsense
+    noise_3T = torch.randn(3, len(ids), generator=generator, dtype=torch.float64)
+    logprob_3T = -case.nll() + torch.tensor([[0.4], [0.2], [0.5]]) * noise_3T
+    logprob_3T[:, case.ids_T < 0] = 1e3
+    return replace(case, **dict(zip(("behavior_T", "proximal_T", "reference_T"), logprob_3T, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -91,7 +111,9 @@ def run(objective: Objective, parts: list[tuple[Case, ParallelGroups]]) -> Resul
     """Add loss sums and counts of micro-batches (and ranks), then divide once."""
     grad = torch.zeros_like(parts[0][0].theta)
     outputs = []
+    statistics = objective.statistics([case.batch() for case, _ in parts])
     for case, groups in parts:
+        case = replace(case, statistics=statistics)
         theta = case.theta.clone().requires_grad_()
         out = objective(case.nll(theta), case.batch(), groups)
         grad += torch.autograd.grad(out.loss_sum, theta)[0]
@@ -124,36 +146,6 @@ def same_metrics(got: dict[str, float], want: dict[str, float]) -> None:
 # ---- slow twins: plain loops over responses and tokens -------------------------------------------------------------
 
 
-def twin_loss(name: str, case: Case, theta: Tensor, **options: float) -> Tensor:
-    """The published loss, written down response by response and token by token, differentiable by autograd."""
-    nll = case.nll(theta)
-    total = nll.sum() * 0
-    divisor = 0.0
-    for row in range(len(case.count_R)):
-        tokens = [t for t, owner in enumerate(case.ids_T.tolist()) if owner == row]
-        advantage = float(case.advantage_R[row])
-        normalizer = options.get("normalizer", "tokens" if name == "sft" else "responses")
-        divisor += len(tokens) if normalizer == "tokens" else 1
-        length = {"responses": len(tokens), "tokens": 1, "constant": options.get("constant_tokens")}[normalizer]
-        response = nll.sum() * 0
-        for t in tokens:
-            if name == "grpo":
-                ratio = (-nll[t] - case.behavior_T[t]).exp()
-                low, high = 1 - options["clip_low"], 1 + options["clip_high"]
-                response = response - torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage) / length
-            elif name == "sft":
-                response = response + nll[t]
-            else:
-                response = response + nll[t] / length
-        if name == "asympo" and tokens:
-            response = response / max(float(response.detach()), options["nll_floor"])
-        if name in ("asympo", "reinforce", "spo"):
-            scale = options["negative_scale"] if name == "spo" and advantage < 0 else 1.0
-            response = scale * advantage * response
-        total = total + response
-    return total / divisor
-
-
 def twin_J(case: Case, theta: Tensor) -> float:
     """J = (1/N) sum_i A_i log n_i in a plain loop."""
     nll = case.nll(theta).tolist()
@@ -182,7 +174,7 @@ def check_twin(objective: Objective, name: str, **options: float) -> None:
     for seed in range(3):
         case = make_case(seed)
         theta = case.theta.clone().requires_grad_()
-        loss = twin_loss(name, case, theta, **options)
+        loss = published_loss(name, case, theta, **options)
         result = single(objective, case)
         close(result.grad, torch.autograd.grad(loss, theta)[0])
         assert math.isclose(result.metrics["loss"], float(loss.detach()), rel_tol=1e-12, abs_tol=1e-12)
@@ -191,6 +183,7 @@ def check_twin(objective: Objective, name: str, **options: float) -> None:
 def check_frozen_weights(objective: Objective) -> None:
     """The gradient is that of (frozen weight x nll), by finite differences."""
     case = make_case(3)
+    case = replace(case, statistics=objective.statistics([case.batch()]))
     weight_T, _ = objective.weigh(case.nll(), case.batch(), SINGLE)
     frozen_T = torch.where(case.ids_T >= 0, weight_T, 0.0)
     result = single(objective, case)
@@ -236,6 +229,7 @@ def context_rank(group, objective: Objective, case: Case, cut: list[Tensor]) -> 
     groups = ParallelGroups(context=group, data_context=group)
     theta = case.theta.clone().requires_grad_()
     local = case.take(cut[group.rank()])
+    local = replace(local, statistics=objective.statistics([local.batch()], groups))
     out = objective(local.nll(theta), local.batch(), groups)
     grad = torch.autograd.grad(out.loss_sum, theta)[0]
     return grad, int(out.normalizer_count), reduce_stats(dict(out.metrics), group)
@@ -266,12 +260,16 @@ def check_context(results, objective: Objective, case: Case) -> None:
 def check_masked(objective: Objective) -> None:
     """A response without trained tokens adds nothing to the loss, stays in N, and nothing becomes NaN."""
     nll_T = torch.tensor([0.5, math.inf, math.nan], dtype=torch.float64, requires_grad=True)
+    logprob_T = torch.tensor([-0.5, math.nan, -math.inf], dtype=torch.float64)
     batch = ResponseBatch(
         torch.tensor([0, -1, -1]),
         torch.tensor([1.0, -1.0], dtype=torch.float64),
         torch.tensor([1, 0]),
-        behavior_logprob_T=torch.tensor([-0.5, math.nan, -math.inf], dtype=torch.float64),
+        behavior_logprob_T=logprob_T,
+        proximal_logprob_T=logprob_T,
+        reference_logprob_T=logprob_T - 0.1,
     )
+    batch = replace(batch, statistics=objective.statistics([batch]))
     out = objective(nll_T, batch, SINGLE)
     grad = torch.autograd.grad(out.loss_sum, nll_T)[0]
     assert int(out.normalizer_count) == (1 if objective.normalizer == "tokens" else 2)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from objective_cases import ALL
 from objective_checks import (
     check_context,
     check_frozen_weights,
@@ -24,18 +25,6 @@ from asympo_megatron.batch import ObjectiveOutput
 from asympo_megatron.objectives import GRPO, SFT, SPO, ASymPO, Reinforce, build_objective
 from asympo_megatron.parallel import SINGLE, spread_to_tokens
 from asympo_megatron.testing.distributed import run_threads
-
-ALL = [
-    ("asympo", {"nll_floor": 1e-3}),
-    ("asympo", {"nll_floor": 0.7}),
-    ("spo", {"negative_scale": 0.25}),
-    ("spo", {"negative_scale": 0.0}),
-    ("reinforce", {}),
-    ("sft", {}),
-    ("grpo", {"clip_low": 0.2, "clip_high": 0.28}),
-    ("grpo", {"clip_low": 0.1, "clip_high": 0.1, "normalizer": "constant", "constant_tokens": 11}),
-    ("grpo", {"clip_low": 0.2, "clip_high": 0.2, "normalizer": "tokens"}),
-]
 
 pytestmark = pytest.mark.filterwarnings("ignore:normalizer='tokens'")
 

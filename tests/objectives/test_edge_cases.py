@@ -11,6 +11,7 @@ from asympo_megatron.objectives import GRPO, OBJECTIVES, ASymPO, Reinforce, buil
 from asympo_megatron.parallel import reduce_stats
 
 NAMES = sorted(OBJECTIVES)
+TOKEN_MEAN = ("sft", "dapo", "cispo", "vespo", "m2po")
 
 
 def make_batch(ids, advantages, counts, dtype=torch.float64):
@@ -19,6 +20,8 @@ def make_batch(ids, advantages, counts, dtype=torch.float64):
         torch.tensor(advantages, dtype=dtype),
         torch.tensor(counts, dtype=torch.long),
         behavior_logprob_T=torch.full((len(ids),), -1.0, dtype=dtype),
+        proximal_logprob_T=torch.full((len(ids),), -1.0, dtype=dtype),
+        statistics={"m2_bound": torch.tensor(math.inf)},
     )
 
 
@@ -34,7 +37,7 @@ def test_no_trained_token_still_has_a_backward(name, ids, advantages, counts):
     (grad,) = torch.autograd.grad(out.loss_sum, source)
     assert grad.tolist() == [0.0] * len(ids)
     assert float(out.loss_sum.detach()) == 0
-    assert int(out.normalizer_count) == (0 if name == "sft" else len(advantages))
+    assert int(out.normalizer_count) == (0 if name in TOKEN_MEAN else len(advantages))
     metrics = reduce_stats(dict(out.metrics), None)
     assert math.isnan(metrics["nll"])
     assert metrics["trained_tokens"] == 0
@@ -51,13 +54,19 @@ def test_metric_names_do_not_depend_on_the_data(name):
     }
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "sft"])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("sft", "asymre")])
 def test_zero_variance_trains_nothing_and_stays_in_n(name):
     nll_T = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64, requires_grad=True)
     out = build_objective(name)(nll_T, make_batch([0, 0, 1], [0.0, 0.0], [2, 1]))
     assert torch.autograd.grad(out.loss_sum, nll_T)[0].tolist() == [0, 0, 0]
-    assert int(out.normalizer_count) == 2
+    assert int(out.normalizer_count) == (3 if name in TOKEN_MEAN else 2)
     assert reduce_stats(dict(out.metrics), None)["zero_advantage_fraction"] == 1
+
+
+def test_asymre_trains_on_groups_without_variance():
+    """Its baseline is below the mean: responses that are all as good as each other still count as good."""
+    weight_T, _ = build_objective("asymre", delta=-0.25).weigh(torch.ones(3), make_batch([0, 0, 1], [0.0, 0.0], [2, 1]))
+    assert weight_T.tolist() == [0.125, 0.125, 0.25]
 
 
 def test_floor_bounds_the_weight_of_a_certain_response():

@@ -133,7 +133,7 @@ def test_grpo_normalizers(options, weights, count):
     assert int(objective.normalizer_count(batch)) == count
 
 
-def test_behavior_kl_of_a_known_ratio():
+def test_ratio_kl_of_a_known_ratio():
     batch = ResponseBatch(torch.tensor([0, -1]), tensor(1.0), torch.tensor([1]), behavior_logprob_T=tensor(-1.0, 7.0))
     _, metrics = GRPO().weigh(tensor(1.0 - LOG2, 0.0), batch)  # r = 2
-    assert reduce_stats(metrics, None)["behavior_kl"] == pytest.approx(2 - 1 - LOG2)
+    assert reduce_stats(metrics, None)["ratio_kl"] == pytest.approx(2 - 1 - LOG2)

@@ -1,12 +1,13 @@
 """docs/objectives.md: every block runs, and its plain PyTorch loss is the package's ASymPO."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from asympo_megatron.batch import ResponseBatch
-from asympo_megatron.objectives import OBJECTIVES, ASymPO
+from asympo_megatron.objectives import OBJECTIVES, ASymPO, penalize_kl
 from asympo_megatron.parallel import token_nll
 
 PAGE = Path(__file__).parents[2] / "docs" / "objectives.md"
@@ -49,8 +50,11 @@ def test_the_page_names_every_objective_and_metric():
     text = PAGE.read_text()
     for name in OBJECTIVES:
         assert f"`{name}`" in text
-    batch = ResponseBatch(torch.tensor([0]), torch.tensor([1.0]), torch.tensor([1]), torch.tensor([-1.0]))
+    logprob_T = torch.tensor([-1.0])
+    batch = ResponseBatch(torch.tensor([0]), torch.tensor([1.0]), torch.tensor([1]), logprob_T, logprob_T, logprob_T)
     for kind in OBJECTIVES.values():
-        for metric in kind()(torch.ones(1), batch).metrics:
+        objective = penalize_kl(kind(), 0.1)
+        scored = replace(batch, statistics=objective.statistics([batch]))
+        for metric in objective(torch.ones(1), scored).metrics:
             stem = re.sub(r"_(pos|neg)$", "", metric)
             assert metric in text or f"{stem}_{{pos,neg}}" in text, metric

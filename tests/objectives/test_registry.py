@@ -29,6 +29,18 @@ def test_names_and_options():
     assert build_objective("asympo").needs == frozenset()
 
 
+def test_needs_say_who_pays_for_a_scoring_pass():
+    engine, recomputed = frozenset({"behavior_logprob_T"}), frozenset({"proximal_logprob_T"})
+    for name in ("asympo", "spo", "reinforce", "asymre", "opmd", "sft"):
+        assert build_objective(name).needs == frozenset()
+    for name in ("grpo", "dr_grpo", "dapo", "gspo", "cispo", "sapo", "vespo", "topr"):
+        assert build_objective(name).needs == engine
+    for name in ("grpo", "dr_grpo", "dapo", "gspo", "cispo", "sapo"):
+        assert build_objective(name, old_logprobs="recompute").needs == recomputed
+    for name in ("decoupled_ppo", "tis", "icepop", "mis", "m2po"):
+        assert build_objective(name).needs == engine | recomputed
+
+
 def test_documented_defaults():
     assert build_objective("asympo") == ASymPO(nll_floor=1e-3)
     assert build_objective("spo") == SPO(negative_scale=0.3)
@@ -64,6 +76,17 @@ def test_objectives_are_frozen(kind):
         ("grpo", {"normalizer": "constant"}, ConfigError, r"normalizer='constant' needs constant_tokens"),
         ("grpo", {"constant_tokens": 5}, ConfigError, r"the others refuse it"),
         ("grpo", {"normalizer": "constant", "constant_tokens": 0}, ConfigError, r"constant_tokens is 0; .* at least 1"),
+        ("dapo", {"clip_low": 1.5}, ConfigError, r"'dapo': clip_low is 1.5"),
+        ("grpo", {"old_logprobs": "recomputed"}, UnknownNameError, r"old_logprobs .*'grpo'.* did you mean 'recompute'"),
+        ("cispo", {"ratio_min": 3, "ratio_max": 2}, ConfigError, r"ratio_min is 3, above ratio_max=2"),
+        ("icepop", {"weight_min": 3, "weight_max": 2}, ConfigError, r"weight_min is 3, above weight_max=2"),
+        ("tis", {"weight_max": 0}, ConfigError, r"'tis': weight_max is 0; .* greater than 0"),
+        ("mis", {"weight_max": -1}, ConfigError, r"'mis': weight_max is -1"),
+        ("sapo", {"tau_neg": 0}, ConfigError, r"'sapo': tau_neg is 0; .* greater than 0"),
+        ("vespo", {"k_pos": -1}, ConfigError, r"'vespo': k_pos is -1; .* at least 0"),
+        ("m2po", {"second_moment": float("inf")}, ConfigError, r"'m2po': second_moment is inf"),
+        ("opmd", {"tau": -1}, ConfigError, r"'opmd': tau is -1"),
+        ("asymre", {"delta": "low"}, ConfigError, r"'asymre': delta is 'low'; it must be a finite number"),
         ("no_such_module_x:Thing", {}, ConfigError, r"cannot import no_such_module_x:Thing"),
         ("asympo_megatron.errors:Nothing", {}, ConfigError, r"cannot import asympo_megatron.errors:Nothing"),
         ("asympo_megatron.errors:ConfigError", {}, ConfigError, r"is no subclass of .*Objective"),
@@ -105,6 +128,7 @@ def test_token_mean_warns_once_at_build():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         GRPO()
+        build_objective("dapo")  # its own name says it
 
 
 def test_public_surface_is_lazy_and_works_without_megatron_and_sglang():

@@ -1,0 +1,36 @@
+"""Every objective with every option that its formula has: (name, options), defaults written out for the slow twins."""
+
+CLIP = {"clip_low": 0.2, "clip_high": 0.28}
+
+ALL = [
+    ("asympo", {"nll_floor": 1e-3}),
+    ("asympo", {"nll_floor": 0.7}),
+    ("spo", {"negative_scale": 0.25}),
+    ("spo", {"negative_scale": 0.0}),
+    ("reinforce", {}),
+    ("asymre", {"delta": -0.1}),
+    ("opmd", {"tau": 0.5}),
+    ("sft", {}),
+    ("grpo", CLIP),
+    ("grpo", {"clip_low": 0.1, "clip_high": 0.1, "normalizer": "constant", "constant_tokens": 11}),
+    ("grpo", {"clip_low": 0.2, "clip_high": 0.2, "normalizer": "tokens"}),
+    ("grpo", {**CLIP, "old_logprobs": "recompute"}),
+    ("dr_grpo", {"clip_low": 0.2, "clip_high": 0.2, "normalizer": "constant", "constant_tokens": 16}),
+    ("dapo", CLIP),
+    ("gspo", {"clip_low": 0.1, "clip_high": 0.05}),
+    ("gspo", {"clip_low": 0.1, "clip_high": 0.05, "normalizer": "tokens"}),
+    ("cispo", {"ratio_min": 0.6, "ratio_max": 1.3}),
+    ("cispo", {"ratio_min": 0.0, "ratio_max": 5.0, "normalizer": "responses"}),
+    ("sapo", {"tau_pos": 1.0, "tau_neg": 1.05}),
+    ("sapo", {"tau_pos": 4.0, "tau_neg": 7.0, "old_logprobs": "recompute"}),
+    ("vespo", {"k_pos": 2.0, "lambda_pos": 3.0, "k_neg": 3.0, "lambda_neg": 2.0}),
+    ("topr", {}),
+    ("topr", {"normalizer": "constant", "constant_tokens": 1}),
+    ("m2po", {"second_moment": 0.04}),
+    ("m2po", {"second_moment": 0.04, "all_tokens": True}),
+    ("decoupled_ppo", CLIP),
+    ("tis", {**CLIP, "weight_max": 1.2}),
+    ("icepop", {**CLIP, "weight_min": 0.7, "weight_max": 1.3}),
+    ("mis", {**CLIP, "weight_max": 1.1}),
+    ("mis", {**CLIP, "weight_max": 1.1, "geometric": True}),
+]
