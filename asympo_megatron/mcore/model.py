@@ -3,7 +3,8 @@
 Axis suffixes: T local tokens, H hidden, V rows of the local vocabulary shard.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,23 +23,47 @@ from asympo_megatron.mcore.spec import layer_spec
 from asympo_megatron.parallel import ParallelGroups, token_nll
 
 
-class OutputWeight(MegatronModule):
-    """Stands where GPTModel has its output projection: holds that weight, and hands the hidden states on.
+class OutputLayer(MegatronModule):
+    """Stands where GPTModel has its output projection, holds that weight, and returns token NLLs instead of logits.
 
-    ``compute_language_model_loss`` turns them into NLLs chunk by chunk, so [T, V] logits never exist. Being a module
-    with the weight inside, it still fires the forward hooks with which Megatron gathers parameters just in time.
+    GPTModel calls it without the targets; then it hands the hidden states on, and ``compute_language_model_loss``
+    calls it again with them. Everything that reads the weight is inside ``forward``, so that Megatron's forward hooks,
+    which gather parameters just in time, have fired for it.
+
+    Args:
+        projection: the ColumnParallelLinear it replaces.
+        config: TransformerConfig.
+        score: :func:`~asympo_megatron.parallel.token_nll` with temperature, groups and vocabulary.
     """
 
-    def __init__(self, projection: Any, config: Any) -> None:
+    def __init__(self, projection: Any, config: Any, score: Callable[..., Any]) -> None:
         super().__init__(config=config)
         self.register_parameter("weight", projection.weight)  # None when tied to the embedding of the same stage
         self._tp_group = projection.tp_group
+        self._score = score
 
-    def forward(self, hidden_T1H: Tensor, weight: Tensor | None = None, **_: Any) -> tuple[Tensor, None]:
+    def forward(
+        self, hidden_T1H: Tensor, weight: Tensor | None = None, targets_1T: Tensor | None = None, **_: Any
+    ) -> tuple[Tensor, None]:
+        """[2, T], token NLL and (detached) entropy; without targets the hidden states as they came.
+
+        Args:
+            hidden_T1H: this rank's part of T under sequence parallelism, else all of it.
+            weight: [V, H] where it is tied.
+            targets_1T: int64, of all T.
+        """
+        if targets_1T is None:
+            return hidden_T1H, None
+        weight_VH = self.weight if weight is None else weight
+        nll_T, entropy_T = self._score(self._gather(hidden_T1H).squeeze(1), weight_VH, targets_1T.squeeze(0))
+        # detached: a gradient of zeros for the entropy would cost token_nll's backward a second pass over the logits
+        return torch.stack([nll_T, entropy_T.detach()]), None
+
+    def _gather(self, hidden_T1H: Tensor) -> Tensor:
         """Gather the sequence-parallel shards, or mark the copy: the backward sums the vocabulary shards' parts."""
         if self.config.sequence_parallel:
-            return gather_from_sequence_parallel_region(hidden_T1H, group=self._tp_group), None
-        return copy_to_tensor_model_parallel_region(hidden_T1H, group=self._tp_group), None
+            return gather_from_sequence_parallel_region(hidden_T1H, group=self._tp_group)
+        return copy_to_tensor_model_parallel_region(hidden_T1H, group=self._tp_group)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> Any:
         """Sharded along the vocabulary, exactly as ColumnParallelLinear would be."""
@@ -59,36 +84,16 @@ class PolicyModel(GPTModel):
 
     def __init__(self, *args: Any, temperature: float, groups: ParallelGroups, true_vocab_size: int, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self._temperature, self._groups, self._true_vocab_size = temperature, groups, true_vocab_size
         if self.post_process:
-            self.output_layer = OutputWeight(self.output_layer, self.config)
-
-    def forward(self, *args: Any, padding_mask: Tensor | None = None, **kwargs: Any) -> Any:
-        """As GPTModel's; ``padding_mask`` [1, T] is read by routers of experts only."""
-        if self.config.num_moe_experts is None:
-            padding_mask = None
-        elif padding_mask is not None and self.config.sequence_parallel and not self.pre_process:
-            # GPTModel._preprocess splits the mask over sequence parallelism on the first pipeline stage only
-            group = self.pg_collection.tp
-            padding_mask = padding_mask.chunk(group.size(), dim=1)[group.rank()]
-        return super().forward(*args, padding_mask=padding_mask, **kwargs)
+            score = partial(
+                token_nll, temperature=temperature, groups=groups, with_entropy=True, vocab_size=true_vocab_size
+            )
+            self.output_layer = OutputLayer(self.output_layer, self.config, score)
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
-        """Score targets [1, T] with the hidden states [T, 1, H] that :class:`OutputWeight` returned as ``logits``."""
-        weight_VH = self.output_layer.weight
-        if weight_VH is None:
-            weight_VH = self.shared_embedding_or_output_weight()
-        nll_T, entropy_T = token_nll(
-            logits.squeeze(1),
-            weight_VH,
-            labels.squeeze(0),
-            temperature=self._temperature,
-            groups=self._groups,
-            with_entropy=True,
-            vocab_size=self._true_vocab_size,
-        )
-        # detached: a gradient of zeros for the entropy would cost token_nll's backward a second pass over the logits
-        return torch.stack([nll_T, entropy_T.detach()])
+        """Score targets [1, T] with the hidden states that :class:`OutputLayer` handed on as ``logits``."""
+        tied = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        return self.output_layer(logits, tied, labels)[0]
 
 
 def build_chunks(plan: ModelPlan, temperature: float, groups: ParallelGroups) -> list[Any]:

@@ -1,9 +1,9 @@
 """Linear output layer and token NLL in one, without ever holding the [T, V] logits.
 
-Axis suffixes: T local packed tokens, C tokens of one chunk, H hidden, V rows of the local vocabulary shard.
+Axis suffixes: T local packed tokens, C tokens of one tile, H hidden, V rows of the local vocabulary shard, B rows of
+one tile of it.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, overload
 
@@ -13,13 +13,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from asympo_megatron.errors import BatchError
+from asympo_megatron.parallel import main_grad
 from asympo_megatron.parallel.groups import SINGLE, ParallelGroups, max_over, sum_over
-
-CHUNK_BYTES = 256 * 2**20
-"""Default size of one chunk of float32 logits; two such buffers live at a time."""
-
-_FAR_BELOW = -1e4
-"""exp of it is 0 in every dtype, and unlike -inf it can be multiplied by 0."""
+from asympo_megatron.parallel.logit_tiles import LogitTiles, TileBuffer, shard_sums, wide_dtype
 
 
 @overload
@@ -32,7 +28,7 @@ def token_nll(
     groups: ParallelGroups = ...,
     with_entropy: Literal[False] = ...,
     vocab_size: int | None = ...,
-    chunk_tokens: int | None = ...,
+    tile: tuple[int, int] | None = ...,
     sum_hidden_grad: bool = ...,
 ) -> Tensor: ...
 @overload
@@ -45,7 +41,7 @@ def token_nll(
     groups: ParallelGroups = ...,
     with_entropy: Literal[True],
     vocab_size: int | None = ...,
-    chunk_tokens: int | None = ...,
+    tile: tuple[int, int] | None = ...,
     sum_hidden_grad: bool = ...,
 ) -> tuple[Tensor, Tensor]: ...
 def token_nll(
@@ -57,45 +53,43 @@ def token_nll(
     groups: ParallelGroups = SINGLE,
     with_entropy: bool = False,
     vocab_size: int | None = None,
-    chunk_tokens: int | None = None,
+    tile: tuple[int, int] | None = None,
     sum_hidden_grad: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Negative log-probability of each target under softmax(hidden weight^T / temperature).
 
         nll_t = log sum_v exp(z_tv) - z_t,target      entropy_t = - sum_v p_tv log p_tv
 
-    Logits are made chunk by chunk and made again in backward (a fourth GEMM). Over a tensor-parallel group the call
-    costs one MAX of [T] and one SUM of [2, T] ([3, T] with entropy), however many chunks; backward none for logits.
+    Logits are made tile by tile and made again in backward (a fourth GEMM). Over a tensor-parallel group the call costs
+    one MAX of [T] and one SUM of [2, T] ([3, T] with entropy), however many tiles; backward none for logits.
 
     Args:
         hidden_TH: [T, H] float, replicated over ``groups.tensor`` (sequence parallelism gathered before).
-        weight_VH: [V, H], the same dtype: this rank's contiguous vocabulary shard, equally large on every rank.
+        weight_VH: [V, H], the same dtype: this rank's contiguous vocabulary shard, equally large on every rank. Where
+            it has a ``main_grad`` (Megatron's gradient buffer) its gradient is added there, and nowhere else.
         target_T: int64 [T], ids of the whole vocabulary. Where a token is untrained any id may stand.
         temperature: logits are divided by it: score at the temperature that sampled.
         groups: only ``groups.tensor`` is used.
         with_entropy: also return the entropy [T]; it carries gradient if it is used in the loss.
         vocab_size: true vocabulary; rows of padding behind it get probability 0 and gradient 0. None: no padding.
-        chunk_tokens: tokens of one chunk; None: as many as ``CHUNK_BYTES`` hold.
+        tile: tokens and vocabulary rows of the logits that exist at a time; None: as many as ``TILE_BYTES`` hold.
         sum_hidden_grad: False: the gradient of ``hidden_TH`` is this vocabulary shard's part, as behind Megatron's
             ColumnParallelLinear, whose input copy (or sequence-parallel gather) sums it in its own backward.
             True: summed over ``groups.tensor`` here, for a caller whose hidden states have no such copy.
 
     Returns:
         nll_T [T], or (nll_T, entropy_T), in max(float32, dtype of hidden), equal on all ranks of ``groups.tensor``.
-        The gradient of the weight accumulates in the same dtype and is cast to the weight's once.
+        Both gradients accumulate over tiles in that dtype.
 
     Raises:
-        BatchError: shapes, dtypes, temperature or chunk size that cannot work.
+        BatchError: shapes, dtypes, temperature or tile that cannot work.
     """
-    _check(hidden_TH, weight_VH, target_T, temperature, chunk_tokens)
+    _check(hidden_TH, weight_VH, target_T, temperature, tile)
     shard = weight_VH.shape[0]
     first_id = groups.tensor_rank * shard
     real_rows = shard if vocab_size is None else min(max(vocab_size - first_id, 0), shard)
     plan = _Plan(
-        inverse_temperature=1.0 / temperature,
-        chunk_tokens=chunk_tokens or max(1, CHUNK_BYTES // (4 * max(shard, 1))),
-        first_id=first_id,
-        real_rows=real_rows,
+        tiles=LogitTiles(tile, first_id, real_rows, 1.0 / temperature),
         tensor=groups.tensor,
         with_entropy=with_entropy,
         sum_hidden_grad=sum_hidden_grad,
@@ -106,43 +100,22 @@ def token_nll(
 
 @dataclass(frozen=True)
 class _Plan:
-    inverse_temperature: float
-    chunk_tokens: int
-    first_id: int
-    real_rows: int
+    tiles: LogitTiles
     tensor: dist.ProcessGroup | None
     with_entropy: bool
     sum_hidden_grad: bool
-
-    def chunks(self, tokens: int) -> Iterator[slice]:
-        """Chunks of tokens; none at all where the whole shard is padding."""
-        if self.real_rows:
-            for start in range(0, tokens, self.chunk_tokens):
-                yield slice(start, min(tokens, start + self.chunk_tokens))
-
-    def local_target(self, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Which targets lie in this shard, and their local rows (0 for the others)."""
-        owned = (target >= self.first_id) & (target < self.first_id + self.real_rows)
-        return owned, torch.where(owned, target - self.first_id, 0)
-
-    def logits(self, hidden_CH: Tensor, weight_VH: Tensor) -> Tensor:
-        """A fresh [C, V] buffer that the caller may overwrite."""
-        logits_CV = hidden_CH @ weight_VH[: self.real_rows].t()
-        wide = logits_CV.to(_wide(hidden_CH.dtype))
-        return wide if self.inverse_temperature == 1.0 else wide.mul_(self.inverse_temperature)
 
 
 class _LinearTokenNLL(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_TH: Tensor, weight_VH: Tensor, target_T: Tensor, plan: _Plan) -> tuple[Tensor, Tensor]:
-        top_T, sum_T, target_logit_T, shifted_T = _shard_statistics(hidden_TH, weight_VH, target_T, plan)
-        local_top_T = top_T.clone()
-        max_over(top_T, plan.tensor)
-        shift_T = (local_top_T - top_T).clamp(min=_FAR_BELOW)
-        owned_T, _ = plan.local_target(target_T)
-        rows = [sum_T * shift_T.exp(), torch.where(owned_T, target_logit_T - top_T, 0.0)]
-        if plan.with_entropy:
-            rows.append((shifted_T + sum_T * shift_T) * shift_T.exp())
+        own = shard_sums(hidden_TH, weight_VH, target_T, plan.tiles, plan.with_entropy)
+        top_T = max_over(own.top_T.clone(), plan.tensor)
+        sums = own.relative_to(top_T)
+        owned_T, _ = plan.tiles.columns(target_T, slice(0, plan.tiles.real_rows))
+        rows = [sums.sum_T, torch.where(owned_T, sums.target_T - top_T, 0.0)]
+        if sums.shifted_T is not None:
+            rows.append(sums.shifted_T)
         packed = sum_over(torch.stack(rows), plan.tensor)
         log_sum_T = packed[0].log()
         nll_T = log_sum_T - packed[1]
@@ -157,67 +130,93 @@ class _LinearTokenNLL(torch.autograd.Function):
     def backward(ctx: Any, grad_nll_T: Tensor | None, grad_entropy_T: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden_TH, weight_VH, target_T, log_sum_exp_T, entropy_T = ctx.saved_tensors
         plan: _Plan = ctx.plan
-        grad_hidden = torch.zeros_like(hidden_TH) if ctx.needs_input_grad[0] else None
-        wide = _wide(weight_VH.dtype)
-        grad_weight = torch.zeros_like(weight_VH, dtype=wide) if ctx.needs_input_grad[1] else None
         if grad_nll_T is None:
             grad_nll_T = torch.zeros_like(log_sum_exp_T)
-        for part in plan.chunks(hidden_TH.shape[0]):
-            log_prob_CV = plan.logits(hidden_TH[part], weight_VH).sub_(log_sum_exp_T[part, None])
-            owned_C, row_C = plan.local_target(target_T[part])
-            if grad_entropy_T is None:
-                grad_CV = log_prob_CV.exp_().mul_(grad_nll_T[part, None])
-            else:  # d entropy / d z_v = - p_v (log p_v + entropy)
-                grad_CV = log_prob_CV.exp()
-                log_prob_CV.add_(entropy_T[part, None]).mul_(-grad_entropy_T[part, None])
-                grad_CV.mul_(log_prob_CV.add_(grad_nll_T[part, None]))
-            grad_CV.scatter_add_(1, row_C[:, None], torch.where(owned_C, -grad_nll_T[part], 0.0)[:, None])
-            grad_CV = grad_CV.mul_(plan.inverse_temperature).to(hidden_TH.dtype)
-            if grad_hidden is not None:
-                grad_hidden[part] = grad_CV @ weight_VH[: plan.real_rows]
-            if grad_weight is not None:
-                _add_product(grad_weight[: plan.real_rows], grad_CV, hidden_TH[part])
-        if grad_hidden is not None and plan.sum_hidden_grad:
-            sum_over(grad_hidden, plan.tensor)
-        return grad_hidden, None if grad_weight is None else grad_weight.to(weight_VH.dtype), None, None
+        buffer_VH = main_grad.buffer_of(weight_VH) if ctx.needs_input_grad[1] else None
+        grad_weight = torch.zeros_like(weight_VH) if ctx.needs_input_grad[1] and buffer_VH is None else None
+        grad_hidden = torch.zeros_like(hidden_TH, dtype=log_sum_exp_T.dtype) if ctx.needs_input_grad[0] else None
+        state = _Saved(target_T, log_sum_exp_T, grad_nll_T, grad_entropy_T, entropy_T)
+        _add_gradients(
+            hidden_TH, weight_VH, state, plan.tiles, grad_hidden, grad_weight if buffer_VH is None else buffer_VH
+        )
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden.to(hidden_TH.dtype)
+            if plan.sum_hidden_grad:
+                sum_over(grad_hidden, plan.tensor)
+        if buffer_VH is not None:
+            main_grad.gradient_was_added(weight_VH)
+        return grad_hidden, grad_weight, None, None
 
 
-def _shard_statistics(
-    hidden_TH: Tensor, weight_VH: Tensor, target_T: Tensor, plan: _Plan
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Per token over the local shard: max z, sum exp(z - max), z of the target, sum exp(z - max) (z - max)."""
+@dataclass(frozen=True)
+class _Saved:
+    """What backward knows of every token."""
+
+    target_T: Tensor
+    log_sum_exp_T: Tensor
+    grad_nll_T: Tensor
+    grad_entropy_T: Tensor | None
+    entropy_T: Tensor
+
+    def logit_gradient(
+        self, logits_CB: Tensor, part: slice, columns: tuple[Tensor, Tensor], buffer: TileBuffer
+    ) -> Tensor:
+        """The gradient of the scaled logits of a tile, in the place of the logits."""
+        inside_C, column_C = columns
+        grad_nll_C = self.grad_nll_T[part]
+        log_prob_CB = logits_CB.sub_(self.log_sum_exp_T[part, None])
+        if self.grad_entropy_T is None:
+            grad_CB = log_prob_CB.exp_().mul_(grad_nll_C[:, None])
+        else:  # d entropy / d z_v = - p_v (log p_v + entropy)
+            prob_CB = torch.exp(log_prob_CB, out=buffer.spare(log_prob_CB))
+            log_prob_CB.add_(self.entropy_T[part, None]).mul_(-self.grad_entropy_T[part, None])
+            grad_CB = log_prob_CB.add_(grad_nll_C[:, None]).mul_(prob_CB)
+        return grad_CB.scatter_add_(1, column_C[:, None], torch.where(inside_C, -grad_nll_C, 0.0)[:, None])
+
+
+def _add_gradients(
+    hidden_TH: Tensor,
+    weight_VH: Tensor,
+    saved: _Saved,
+    tiles: LogitTiles,
+    grad_hidden: Tensor | None,
+    grad_weight: Tensor | None,
+) -> None:
+    """Add both gradients to the tensors given; that of the hidden states must be given in the wide dtype."""
     tokens = hidden_TH.shape[0]
-    top_T = hidden_TH.new_full((tokens,), -torch.inf, dtype=_wide(hidden_TH.dtype))
-    sum_T, target_T_logit, shifted_T = (torch.zeros_like(top_T) for _ in range(3))
-    for part in plan.chunks(tokens):
-        logits_CV = plan.logits(hidden_TH[part], weight_VH)
-        _, row_C = plan.local_target(target_T[part])
-        target_T_logit[part] = logits_CV.gather(1, row_C[:, None]).squeeze(1)
-        top_T[part] = logits_CV.amax(1)
-        logits_CV.sub_(top_T[part, None])
-        if plan.with_entropy:
-            weight_CV = logits_CV.exp()
-            sum_T[part] = weight_CV.sum(1)
-            shifted_T[part] = weight_CV.mul_(logits_CV).sum(1)
-        else:
-            sum_T[part] = logits_CV.exp_().sum(1)
-    return top_T, sum_T, target_T_logit, shifted_T
+    buffer = TileBuffer(tiles, hidden_TH, spare=saved.grad_entropy_T is not None)
+    for rows in tiles.row_parts(tokens):
+        # Vocabulary outside: a narrow weight gradient needs float32 for one block of rows only, not for all [V, H].
+        block_BH = None
+        if grad_weight is not None:
+            wide = torch.promote_types(grad_weight.dtype, wide_dtype(hidden_TH.dtype))
+            block_BH = grad_weight[rows]
+            if grad_weight.dtype != wide:
+                block_BH = torch.zeros_like(block_BH, dtype=wide)
+        for part in tiles.token_parts(tokens):
+            logits_CB = buffer.logits(hidden_TH[part], weight_VH[rows])
+            grad_CB = saved.logit_gradient(logits_CB, part, tiles.columns(saved.target_T[part], rows), buffer)
+            if tiles.inverse_temperature != 1.0:
+                grad_CB.mul_(tiles.inverse_temperature)
+            factor_CB = buffer.for_product(grad_CB)
+            if grad_hidden is not None:
+                _add_product(grad_hidden[part], factor_CB, weight_VH[rows])
+            if block_BH is not None:
+                _add_product(block_BH, factor_CB.t(), hidden_TH[part])
+        if grad_weight is not None and block_BH is not None and block_BH.dtype != grad_weight.dtype:
+            grad_weight[rows] += block_BH
 
 
-def _add_product(total_VH: Tensor, grad_CV: Tensor, hidden_CH: Tensor) -> None:
-    """total += grad^T hidden, accumulated in the dtype of ``total``."""
-    if total_VH.dtype == hidden_CH.dtype:
-        total_VH.addmm_(grad_CV.t(), hidden_CH)
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left right, in the dtype of ``total``."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
     else:
-        total_VH.add_(grad_CV.t() @ hidden_CH)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+        total.add_(left @ right)
 
 
 def _check(
-    hidden_TH: Tensor, weight_VH: Tensor, target_T: Tensor, temperature: float, chunk_tokens: int | None
+    hidden_TH: Tensor, weight_VH: Tensor, target_T: Tensor, temperature: float, tile: tuple[int, int] | None
 ) -> None:
     shapes = tuple(hidden_TH.shape), tuple(weight_VH.shape), tuple(target_T.shape)
     if [len(shape) for shape in shapes] != [2, 2, 1]:
@@ -230,5 +229,8 @@ def _check(
         raise BatchError(f"target_T has dtype {target_T.dtype}, expected torch.int64; convert it with .long().")
     if not temperature > 0:
         raise BatchError(f"temperature is {temperature}; it must be greater than 0. Use 1.0 for greedy sampling.")
-    if chunk_tokens is not None and chunk_tokens < 1:
-        raise BatchError(f"chunk_tokens is {chunk_tokens}; it must be at least 1, or None for the default.")
+    if tile is not None and min(tile) < 1:
+        raise BatchError(f"tile is {tile}; both numbers must be at least 1, or None for the default.")
+    buffer_VH = main_grad.buffer_of(weight_VH)
+    if buffer_VH is not None and buffer_VH.shape != weight_VH.shape:
+        raise BatchError(f"main_grad has shape {tuple(buffer_VH.shape)}; the weight's is {tuple(weight_VH.shape)}.")

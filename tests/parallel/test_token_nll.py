@@ -1,64 +1,29 @@
-"""token_nll against the dense softmax, its gradients by finite differences, shards, padding, error budgets, memory."""
-
-import sys
+"""token_nll against the dense softmax, its gradients by finite differences, shards, padding."""
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from token_nll_reference import coefficients, dense, gradients, inputs
 
 from asympo_megatron.errors import BatchError
 from asympo_megatron.parallel import SINGLE, ParallelGroups, token_nll
-from asympo_megatron.parallel.token_nll import CHUNK_BYTES
 from asympo_megatron.testing.distributed import run_threads
 
 
-def dense(hidden: Tensor, weight: Tensor, target: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """The definition, one token at a time."""
-    nll, entropy = [], []
-    for row, label in zip(hidden, target.tolist(), strict=True):
-        logprob = torch.log_softmax(weight @ row / temperature, dim=0)
-        nll.append(-logprob[label])
-        entropy.append(-(logprob.exp() * logprob).sum())
-    return torch.stack(nll), torch.stack(entropy)
-
-
-def inputs(tokens=11, hidden=6, vocab=17, dtype=torch.float64, seed=0, scale=1.0):
-    generator = torch.Generator().manual_seed(seed)
-    hidden_TH = scale * torch.randn(tokens, hidden, generator=generator, dtype=torch.float64)
-    weight_VH = torch.randn(vocab, hidden, generator=generator, dtype=torch.float64)
-    target_T = torch.randint(0, vocab, (tokens,), generator=generator)
-    return hidden_TH.to(dtype), weight_VH.to(dtype), target_T
-
-
-def gradients(loss: Tensor, *leaves: Tensor) -> list[Tensor]:
-    return list(torch.autograd.grad(loss, leaves))
-
-
-def coefficients(tokens: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(77)
-    pair = torch.randn(2, tokens, generator=generator, dtype=torch.float64)
-    return pair[0], pair[1]
-
-
-@pytest.mark.parametrize("chunk_tokens", [1, 3, 11, 64, None])
+@pytest.mark.parametrize("tile", [(1, 17), (3, 5), (11, 1), (64, 64), None])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_values_and_gradients_are_the_dense_ones(chunk_tokens, temperature):
+def test_values_and_gradients_are_the_dense_ones(tile, temperature):
     hidden, weight, target = inputs()
     hidden.requires_grad_()
     weight.requires_grad_()
     a_T, b_T = coefficients(11)
-    nll, entropy = token_nll(
-        hidden, weight, target, temperature=temperature, with_entropy=True, chunk_tokens=chunk_tokens
-    )
+    nll, entropy = token_nll(hidden, weight, target, temperature=temperature, with_entropy=True, tile=tile)
     want_nll, want_entropy = dense(hidden, weight, target, temperature)
     torch.testing.assert_close(nll, want_nll, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(entropy, want_entropy, rtol=1e-12, atol=1e-12)
     for use in ((1, 0), (0, 1), (1, 1)):
         got = gradients(use[0] * (a_T * nll).sum() + use[1] * (b_T * entropy).sum(), hidden, weight)
-        nll, entropy = token_nll(
-            hidden, weight, target, temperature=temperature, with_entropy=True, chunk_tokens=chunk_tokens
-        )
+        nll, entropy = token_nll(hidden, weight, target, temperature=temperature, with_entropy=True, tile=tile)
         want = gradients(use[0] * (a_T * want_nll).sum() + use[1] * (b_T * want_entropy).sum(), hidden, weight)
         want_nll, want_entropy = dense(hidden, weight, target, temperature)
         for left, right in zip(got, want, strict=True):
@@ -70,7 +35,7 @@ def test_gradcheck():
     hidden.requires_grad_()
     weight.requires_grad_()
     assert torch.autograd.gradcheck(
-        lambda h, w: token_nll(h, w, target, temperature=0.8, with_entropy=True, chunk_tokens=3), (hidden, weight)
+        lambda h, w: token_nll(h, w, target, temperature=0.8, with_entropy=True, tile=(3, 4)), (hidden, weight)
     )
 
 
@@ -94,7 +59,7 @@ def test_each_output_alone_carries_its_gradient():
 def test_frozen_input_gets_no_gradient(frozen):
     hidden, weight, target = inputs()
     learned = weight.requires_grad_() if frozen == "hidden" else hidden.requires_grad_()
-    (got,) = gradients(token_nll(hidden, weight, target, chunk_tokens=4).sum(), learned)
+    (got,) = gradients(token_nll(hidden, weight, target, tile=(4, 4)).sum(), learned)
     (want,) = gradients(dense(hidden, weight, target)[0].sum(), learned)
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
@@ -179,9 +144,9 @@ def check_shards(size, vocab_rows, options, rank_fn=shard_rank):
     ("rows", "options"),
     [
         (16, {}),
-        (16, {"temperature": 0.6, "chunk_tokens": 4}),
+        (16, {"temperature": 0.6, "tile": (4, 3)}),
         (16, {"vocab_size": 13}),  # padding inside the last shard
-        (16, {"vocab_size": 7, "chunk_tokens": 5}),  # whole shards of padding
+        (16, {"vocab_size": 7, "tile": (5, 3)}),  # whole shards of padding
     ],
 )
 def test_vocabulary_shards_add_up_to_one_rank(size, rows, options):
@@ -215,7 +180,7 @@ def test_two_collectives_whatever_the_number_of_chunks(monkeypatch, with_entropy
 
     def rank_main(group):
         hidden, weight, target = inputs(vocab=16)
-        options = {"groups": ParallelGroups(tensor=group), "with_entropy": with_entropy, "chunk_tokens": 2}
+        options = {"groups": ParallelGroups(tensor=group), "with_entropy": with_entropy, "tile": (2, 3)}
         out = token_nll(hidden.requires_grad_(), weight.requires_grad_(), target, **options)
         sum(part.sum() for part in (out if with_entropy else (out,))).backward()
 
@@ -251,101 +216,6 @@ def test_mutants_of_the_shards(mutant):
         check_shards(2, 16, {}, mutant)
 
 
-# ---- precision and memory ------------------------------------------------------------------------------------------
-
-
-def test_float32_error_budget():
-    hidden, weight, target = inputs(tokens=64, hidden=32, vocab=1000)
-    want_nll, want_entropy = dense(hidden, weight, target)
-    nll, entropy = token_nll(hidden.float(), weight.float(), target, with_entropy=True)
-    assert nll.dtype == torch.float32
-    torch.testing.assert_close(nll.double(), want_nll, rtol=1e-5, atol=2e-5)
-    torch.testing.assert_close(entropy.double(), want_entropy, rtol=1e-5, atol=2e-5)
-
-
-def test_bfloat16_inputs_float32_softmax():
-    """Compared with float64 on the same rounded inputs: only the bfloat16 logits and gradients may differ."""
-    hidden, weight, target = inputs(tokens=48, hidden=32, vocab=200, dtype=torch.bfloat16, scale=0.5)
-    hidden.requires_grad_()
-    weight.requires_grad_()
-    nll = token_nll(hidden, weight, target, chunk_tokens=5)
-    assert nll.dtype == torch.float32
-    wide = [tensor.detach().double().requires_grad_() for tensor in (hidden, weight)]
-    want = dense(*wide, target)[0]
-    torch.testing.assert_close(nll.double(), want, rtol=0, atol=0.04)  # logits up to 10: half a bfloat16 step is 0.03
-    grads = gradients(nll.sum(), hidden, weight)
-    for got, ref in zip(grads, gradients(want.sum(), *wide), strict=True):
-        assert got.dtype == torch.bfloat16
-        assert float((got.double() - ref).norm() / ref.norm()) < 8e-3  # one bfloat16 step is 7.8e-3
-
-
-def test_weight_gradient_accumulates_in_float32():
-    """512 chunks that each add 2^-9 of the first: in bfloat16 every addition would be lost."""
-    tokens = 513
-    hidden = torch.full((tokens, 1), 2.0**-9, dtype=torch.bfloat16)
-    hidden[0] = 1.0
-    weight = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
-    target = torch.zeros(tokens, dtype=torch.long)
-    (grad,) = gradients(token_nll(hidden, weight, target, chunk_tokens=1).sum(), weight)
-    assert grad[:, 0].tolist() == [-1.0, 1.0]  # -(1 + 512 / 512) / 2
-
-
-def test_confident_tokens_keep_their_digits():
-    """At NLL 2e-4 and logits of 40 the float32 result is within 1e-3 of the truth."""
-    weight = torch.eye(4, dtype=torch.float64)
-    hidden = torch.tensor([[48.5, 40.0, 1.0, 0.0]], dtype=torch.float64)
-    target = torch.tensor([0])
-    want = float(dense(hidden, weight, target)[0])
-    assert 1e-4 < want < 3e-4
-    got = float(token_nll(hidden.float(), weight.float(), target))
-    assert abs(got / want - 1) < 1e-3
-
-
-def test_large_logits_do_not_overflow():
-    weight = torch.tensor([[1.0], [-1.0]])
-    nll, entropy = token_nll(torch.tensor([[1e30], [-1e30]]), weight, torch.tensor([0, 0]), with_entropy=True)
-    assert nll.tolist() == [0.0, pytest.approx(2e30)]
-    assert entropy.tolist() == [0.0, 0.0]
-
-
-class LargestAllocation(torch.utils._python_dispatch.TorchDispatchMode):
-    """Elements of the largest tensor that any operation returns."""
-
-    def __init__(self):
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for value in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(value, Tensor):
-                self.elements = max(self.elements, value.numel())
-        return out
-
-
-@pytest.mark.parametrize("with_entropy", [False, True])
-def test_never_holds_tokens_times_vocabulary(with_entropy):
-    hidden, weight, target = inputs(tokens=256, hidden=4, vocab=128, dtype=torch.float32)
-    hidden.requires_grad_()
-    weight.requires_grad_()
-    with LargestAllocation() as seen:
-        out = token_nll(hidden, weight, target, chunk_tokens=8, with_entropy=with_entropy)
-        sum(value.sum() for value in (out if with_entropy else (out,))).backward()
-    assert seen.elements == 8 * 128 == 256 * 4  # a chunk of logits, or the hidden states themselves
-    with LargestAllocation() as seen:
-        torch.log_softmax(hidden @ weight.t(), -1)
-    assert seen.elements == 256 * 128
-
-
-def test_default_chunk_fills_its_budget(monkeypatch):
-    assert CHUNK_BYTES == 268_435_456
-    monkeypatch.setattr(sys.modules[token_nll.__module__], "CHUNK_BYTES", 4 * 128 * 16)
-    hidden, weight, target = inputs(tokens=64, hidden=4, vocab=128, dtype=torch.float32)
-    with LargestAllocation() as seen:
-        token_nll(hidden, weight, target)
-    assert seen.elements == 16 * 128
-
-
 # ---- bad input -----------------------------------------------------------------------------------------------------
 
 
@@ -358,7 +228,7 @@ def test_default_chunk_fills_its_budget(monkeypatch):
         ({"weight_VH": torch.zeros(5, 3).double()}, r"hidden is torch.float32 and weight torch.float64; cast"),
         ({"target_T": torch.zeros(2, dtype=torch.int32)}, r"target_T has dtype torch.int32.*\.long\(\)"),
         ({"temperature": 0.0}, r"temperature is 0.0; it must be greater than 0"),
-        ({"chunk_tokens": 0}, r"chunk_tokens is 0; it must be at least 1"),
+        ({"tile": (4, 0)}, r"tile is .4, 0.; both numbers must be at least 1"),
     ],
 )
 def test_refusals(change, message):
