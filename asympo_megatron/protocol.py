@@ -11,6 +11,8 @@ import msgspec
 from asympo_megatron.records import VersionSpan
 
 PROTOCOL_VERSION = 1
+COLLECTIVE = "collective://"
+"""Begins the path of a version that lies in the trainer's memory: what follows is the address of its sender."""
 
 
 class AttachRequest(msgspec.Struct, frozen=True):
@@ -151,6 +153,46 @@ class FinishRequest(msgspec.Struct, frozen=True):
 class FinishReply(msgspec.Struct, frozen=True):
     done: bool
     evaluations: list[Evaluation] = []
+
+
+class JoinGroupRequest(msgspec.Struct, frozen=True):
+    """Controller to the trainer's sender: open a process group for one engine's copy of ``version``."""
+
+    group: str
+    """Name of the group, never used before."""
+    world_size: int
+    """The sender, and every rank of the engine."""
+    version: int
+
+
+class BucketInfo(msgspec.Struct, frozen=True):
+    """Names, torch dtypes and shapes of the tensors in one bucket, in order."""
+
+    names: list[str]
+    dtypes: list[str]
+    shapes: list[list[int]]
+
+
+class JoinGroupReply(msgspec.Struct, frozen=True):
+    """Where the engine's ranks meet the sender, and what will come."""
+
+    host: str
+    port: int
+    backend: str
+    buckets: list[BucketInfo]
+
+
+class SendBucketRequest(msgspec.Struct, frozen=True):
+    """Broadcast one bucket in a group; the reply comes when it is out."""
+
+    group: str
+    bucket: int
+
+
+class LeaveGroupRequest(msgspec.Struct, frozen=True):
+    """The transfer is over, or has failed."""
+
+    group: str
 
 
 class ErrorReply(msgspec.Struct, frozen=True):

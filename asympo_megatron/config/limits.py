@@ -15,7 +15,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "rollout.sampling.overlong": ("train", "mask", "penalize"),
     "task.kind": ("reasoning_gym", "jsonl"),
     "task.template": ("chat", "plain"),
-    "sync.transport": ("disk",),
+    "sync.transport": ("disk", "collective"),
     "sync.pause_mode": ("in_place", "retract", "abort"),
     "logging.level": ("DEBUG", "INFO", "WARNING", "ERROR"),
 }
@@ -48,6 +48,7 @@ AT_LEAST: Mapping[str, float] = {
     "task.reward_workers": 1,
     "task.reward_retries": 0,
     "sync.interval_steps": 1,
+    "sync.bucket_bytes": 1,
     "sync.keep_last": 1,
     "checkpoint.interval_steps": 0,
     "checkpoint.keep_last": 1,

@@ -255,7 +255,11 @@ class TaskConfig:
 @dataclass
 class SyncConfig:
     transport: str = "disk"
-    """disk: safetensors through a shared file system."""
+    """disk: safetensors through a shared file system | collective: broadcast from the trainer's memory."""
+    host: str = "127.0.0.1"
+    """collective: address of the trainer's rank 0 as controller and engines reach it; off loopback, set a token."""
+    bucket_bytes: int = 268_435_456
+    """collective: weights travel in buckets of at most this size (a larger tensor alone)."""
     interval_steps: int = 1
     """Publish after every this many optimizer steps; at most rollout.max_lag_steps + 1."""
     pause_mode: str = "in_place"

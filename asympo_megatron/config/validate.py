@@ -140,6 +140,11 @@ def _check_addresses(config: Config) -> None:
             f"rollout.controller_host={rollout.controller_host} opens the controller to the network. "
             "Set rollout.controller_token to a secret, or listen on 127.0.0.1."
         )
+    if config.sync.transport == "collective" and not is_loopback(config.sync.host) and rollout.controller_token is None:
+        raise ConfigError(
+            f"sync.host={config.sync.host} opens the trainer's weight sender to the network. "
+            "Set rollout.controller_token to a secret, or send from 127.0.0.1."
+        )
 
 
 def _check_parallel(config: Config) -> None:

@@ -6,7 +6,7 @@ import logging
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
-from asympo_megatron.engine import control, info
+from asympo_megatron.engine import collective, control, info
 from asympo_megatron.engine.generate import abort_request, generate
 from asympo_megatron.engine.model import ServedModel, load_model
 from asympo_megatron.engine.options import EngineOptions
@@ -62,13 +62,10 @@ def _add_routes(app: web.Application) -> None:
     post("/end_weight_update", control.end_weight_update)
     post("/release_memory_occupation", control.release_memory_occupation)
     post("/resume_memory_occupation", control.resume_memory_occupation)
-    for path in (
-        "/init_weights_update_group",
-        "/destroy_weights_update_group",
-        "/update_weights_from_distributed",
-        "/update_weights_from_tensor",
-    ):
-        post(path, control.unsupported_update)
+    post("/init_weights_update_group", collective.init_group)
+    post("/destroy_weights_update_group", collective.destroy_group)
+    post("/update_weights_from_distributed", collective.update_from_distributed)
+    post("/update_weights_from_tensor", control.unsupported_update)
 
 
 async def _start_thread(app: web.Application) -> None:

@@ -131,7 +131,11 @@ async def end_weight_update(request: web.Request) -> web.Response:
 
 def _session(engine: Engine, begin: bool) -> web.Response:
     if engine.in_session is begin:
-        message = "a weight update session is already open." if begin else "no weight update session is open."
+        message = (
+            "a weight-update session is already open; call end_weight_update() first"
+            if begin
+            else "no weight-update session is open; call begin_weight_update() first"
+        )
         return _refusal(message)
     engine.in_session = begin
     return json_response({"success": True, "message": "Success"})

@@ -104,15 +104,25 @@ def read_weights(model: ServedModel, path: str | Path) -> dict[str, Tensor]:
         weights = _from_pretrained(path, "auto").state_dict()
     if missing := _missing(current, weights):
         raise EngineError(f"Failed to load weights: {path} lacks {missing[0]} ({len(missing)} missing in all).")
+    check_names(model, weights, str(path))
+    return weights
+
+
+def check_names(model: ServedModel, weights: Mapping[str, Tensor], source: str) -> None:
+    """Refuse tensors that the served model does not have, or has in another shape.
+
+    Raises:
+        EngineError: the message names the tensor and where it came from.
+    """
+    current = model.module.state_dict()
     for name, tensor in weights.items():
         if name not in current:
-            raise EngineError(f"Failed to load weights: {path} has {name}, which the served model has not.")
+            raise EngineError(f"Failed to load weights: {source} has {name}, which the served model has not.")
         if tensor.shape != current[name].shape:
             raise EngineError(
-                f"Failed to load weights: {name} in {path} has shape {tuple(tensor.shape)}, "
+                f"Failed to load weights: {name} in {source} has shape {tuple(tensor.shape)}, "
                 f"expected {tuple(current[name].shape)}: it is another model."
             )
-    return weights
 
 
 @torch.no_grad()
@@ -124,9 +134,9 @@ def replace_weights(model: ServedModel, weights: Mapping[str, Tensor]) -> None:
 
 
 def weight_checksums(model: ServedModel) -> dict[str, str]:
-    """A digest of each tensor's bytes, by Hugging Face name."""
+    """A digest of each tensor's bytes, as SGLang takes it on a CPU, by Hugging Face name."""
     return {
-        name: hashlib.blake2b(tensor.detach().reshape(-1).view(torch.uint8).numpy(), digest_size=8).hexdigest()
+        name: hashlib.sha256(tensor.detach().reshape(-1).view(torch.uint8).numpy()).hexdigest()[:16]
         for name, tensor in model.module.state_dict().items()
     }
 

@@ -23,6 +23,7 @@ class EngineOptions:
         dtype: auto (the model's own) | fp32 | bf16.
         seed: of dummy weights and of requests without a ``sampling_seed``.
         threads: of torch on the model thread; None leaves torch's choice.
+        group_timeout_s: deadline of joining a trainer's group and of every broadcast in it.
     """
 
     model_path: str
@@ -35,6 +36,7 @@ class EngineOptions:
     dtype: str = "auto"
     seed: int = 0
     threads: int | None = None
+    group_timeout_s: float = 60.0
 
     def __post_init__(self) -> None:
         if self.load_format not in LOAD_FORMATS:

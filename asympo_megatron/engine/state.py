@@ -11,6 +11,7 @@ from asympo_megatron.engine.model_thread import ModelThread
 from asympo_megatron.engine.options import EngineOptions
 from asympo_megatron.engine.params import BadRequest
 from asympo_megatron.engine.scheduler import Scheduler
+from asympo_megatron.sync.group import WeightGroup
 
 
 class Engine:
@@ -24,6 +25,7 @@ class Engine:
         self.live_rids: set[str] = set()
         self.update_lock = asyncio.Lock()
         self.in_session = False
+        self.groups: dict[str, WeightGroup] = {}
 
 
 ENGINE = web.AppKey("engine", Engine)

@@ -8,6 +8,10 @@ from pathlib import Path
 
 from asympo_megatron.config import Config, RunDir
 from asympo_megatron.errors import ConfigError
+from asympo_megatron.launch.sglang import ServerOptions, cpu_arguments, find_python, on_cpu, server_command
+
+ROLE_ENV = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
 def engine_command(config: Config, model_dir: Path, port: int, index: int = 0) -> list[str]:
@@ -21,13 +25,26 @@ def engine_command(config: Config, model_dir: Path, port: int, index: int = 0) -
     """
     if config.rollout.engine == "embedded":
         return asympo_command("engine", str(RunDir.of(config).config), f"rollout.engine_port={port}")
-    command = [config.rollout.engine_python or sys.executable, "-m", "sglang.launch_server"]
-    if config.rollout.engine_api_key:
-        command += ["--config", str(_key_file(RunDir.of(config), config.rollout.engine_api_key))]
-    command += ["--model-path", str(model_dir), "--load-format", "dummy"]
-    command += ["--host", config.rollout.engine_host, "--port", str(port)]
-    command += ["--context-length", str(context_length(config))]
-    return command + list(config.rollout.engine_args) + _own_gpus(config.rollout.engine_args, index)
+    rollout, length = config.rollout, context_length(config)
+    options = ServerOptions(
+        model_dir,
+        rollout.engine_host,
+        port,
+        length,
+        dtype=_DTYPES[config.model.dtype],
+        load_format="dummy",
+        key_file=_key_file(RunDir.of(config), rollout.engine_api_key) if rollout.engine_api_key else None,
+    )
+    device = cpu_arguments(length) if on_cpu() else []
+    arguments = [*device, *rollout.engine_args, *([] if device else _own_gpus(rollout.engine_args, index))]
+    return server_command(find_python(rollout.engine_python), options, arguments)
+
+
+def engine_environment(config: Config) -> dict[str, str]:
+    """What the environment of a local engine needs beside the supervisor's."""
+    if config.rollout.engine == "sglang" and on_cpu():
+        return {**ROLE_ENV, "HF_HUB_OFFLINE": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    return dict(ROLE_ENV)
 
 
 def engine_seed(run_seed: int, port: int, started_ns: int) -> int:

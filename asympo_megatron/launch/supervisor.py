@@ -14,15 +14,21 @@ from pathlib import Path
 from asympo_megatron.config import Config, RunDir, data_hash, load_config, warm_start_config
 from asympo_megatron.errors import ConfigError
 from asympo_megatron.launch.children import Child, ChildDiedError, Children, death_notice
-from asympo_megatron.launch.engines import asympo_command, engine_command, trainer_command
+from asympo_megatron.launch.engines import (
+    ROLE_ENV,
+    asympo_command,
+    engine_command,
+    engine_environment,
+    trainer_command,
+)
 from asympo_megatron.launch.lock import RunLock
 from asympo_megatron.launch.ports import check_port, free_port
+from asympo_megatron.launch.sglang import find_python
 from asympo_megatron.metrics import RunConsole
 from asympo_megatron.objectives import build_objective
 from asympo_megatron.tasks import prepare_model_dir
 
 _POLL_S = 0.2
-_ROLE_ENV = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 def run_local(config: Config, say: Callable[[str], None]) -> Path:
@@ -59,12 +65,14 @@ def preflight(config: Config) -> None:
     """Refuse what a role would refuse only after another has worked for a while.
 
     Raises:
-        ConfigError: unknown objective or option, a missing model.init, a port that is taken.
+        ConfigError: unknown objective or option, a missing model.init, no sglang to start, a port that is taken.
     """
     build_objective(config.objective.name, **config.objective.options)
     init, rollout = config.model.init, config.rollout
     if init not in ("random", "hf") and not Path(init).is_dir():
         raise ConfigError(f"model.init is {init!r}, which is no directory. Name a checkpoint, or set random or hf.")
+    if rollout.engine == "sglang" and rollout.source == "engines" and not rollout.engine_urls:
+        find_python(rollout.engine_python)
     if rollout.controller_port and rollout.source != "supervised":
         check_port(rollout.controller_host, rollout.controller_port, "rollout.controller_port")
 
@@ -108,7 +116,7 @@ def _run_roles(
     try:
         if config.rollout.source != "supervised":
             overrides = [*overrides, *_start_rollout(config, run_dir, model_dir, children)]
-        trainer = children.start("trainer", trainer_command(config, *overrides), _ROLE_ENV)
+        trainer = children.start("trainer", trainer_command(config, *overrides), ROLE_ENV)
         with RunConsole(config, run_dir.path) as console:
             _watch(children, trainer, console)
         say(f"trained to step {config.run.steps}")
@@ -121,13 +129,14 @@ def _start_rollout(config: Config, run_dir: RunDir, model_dir: Path, children: C
     rollout = config.rollout
     urls = list(rollout.engine_urls)
     if rollout.source == "engines" and not urls:
+        environment = engine_environment(config)
         for index in range(rollout.num_engines):
             port = free_port(rollout.engine_host)
-            children.start(f"engine{index}", engine_command(config, model_dir, port, index), _ROLE_ENV)
+            children.start(f"engine{index}", engine_command(config, model_dir, port, index), environment)
             urls.append(f"http://{rollout.engine_host}:{port}")
     port = rollout.controller_port or free_port(rollout.controller_host)
     where = [f"rollout.controller_port={port}", f"rollout.engine_urls=[{','.join(urls)}]"]
-    children.start("controller", asympo_command("control", str(run_dir.config), *where), _ROLE_ENV)
+    children.start("controller", asympo_command("control", str(run_dir.config), *where), ROLE_ENV)
     return [f"rollout.controller_url=http://{rollout.controller_host}:{port}"]
 
 

@@ -15,6 +15,7 @@ from asympo_megatron.rollout.answer import run_prefix
 from asympo_megatron.rollout.api import build_app
 from asympo_megatron.rollout.bell import Background, Bell
 from asympo_megatron.rollout.client import EngineClient
+from asympo_megatron.rollout.collective import Collective
 from asympo_megatron.rollout.controller import Controller
 from asympo_megatron.rollout.evaluator import Evaluator, evaluation_due
 from asympo_megatron.rollout.fleet import Fleet
@@ -204,7 +205,7 @@ def _targets(config: Config, journal: Journal, ledger: Ledger) -> Targets:
         if row.incarnation == journal.incarnation
         and evaluation_due(config, row.step)
         and not journal.has_evaluation(row.step, row.checksum)
-        and Path(row.path).is_dir()
+        and (row.in_memory or Path(row.path).is_dir())
     ]
     return Targets(rows[-1], owed)
 
@@ -217,6 +218,7 @@ def _sync_options(config: Config, backoff_s: float) -> SyncOptions:
         timeout_s=config.sync.timeout_s,
         start_timeout_s=rollout.engine_start_timeout_s,
         silence_s=rollout.engine_timeout_s,
+        collective=Collective(run_prefix(config.run.name), rollout.controller_token, rollout.engine_timeout_s),
         backoff_s=backoff_s,
     )
 

@@ -129,9 +129,40 @@ class EngineClient:
     async def update_weights(self, path: str, label: str, *, flush_cache: bool, timeout_s: float) -> None:
         """Load the weights under ``path``. Not retried: what a failed load left behind is unknown."""
         payload = {"model_path": path, "weight_version": label, "flush_cache": flush_cache}
-        status, body = await self._call("POST", "/update_weights_from_disk", payload, timeout_s)
+        await self.update_call("/update_weights_from_disk", payload, timeout_s)
+
+    async def update_call(self, path: str, payload: dict[str, Any], timeout_s: float) -> None:
+        """One call of a weight update, never retried: it must answer 200 and say success."""
+        status, body = await self._call("POST", path, payload, timeout_s)
         if status != 200 or not _success(body):
-            raise EngineError(f"engine {self.url} did not load {path}: HTTP {status}: {body[:300]!r}")
+            raise EngineError(f"engine {self.url} refused {path}: HTTP {status}: {body[:300]!r}")
+
+    async def begin_update(self, timeout_s: float) -> bool:
+        """Open a session of weight updates; False where the server is too old to have any.
+
+        A session that a crash has left open is ended first: what it loaded is overwritten now.
+        """
+        status, body = await self._call("POST", "/begin_weight_update", {}, timeout_s)
+        if status == 404:
+            return False
+        if status == 400:
+            await self.update_call("/end_weight_update", {}, timeout_s)
+            await self.update_call("/begin_weight_update", {}, timeout_s)
+        elif status != 200:
+            raise EngineError(f"engine {self.url}: /begin_weight_update answered HTTP {status}: {body[:200]!r}")
+        return True
+
+    async def tensor_parallel_size(self) -> int:
+        """Ranks of the engine that take part in a collective update."""
+        body = await self._control("GET", "/server_info", None)
+        try:
+            return int(msgspec.json.decode(body, type=dict[str, Any]).get("tp_size", 1))
+        except (msgspec.DecodeError, TypeError, ValueError) as error:
+            raise EngineError(f"engine {self.url}: /server_info cannot be read: {body[:200]!r}") from error
+
+    async def destroy_group(self, name: str) -> None:
+        """Leave a process group."""
+        await self._call("POST", "/destroy_weights_update_group", {"group_name": name}, self._control_timeout_s)
 
     async def _control(
         self, method: str, path: str, payload: Any, attempts: int = 3, timeout_s: float | None = None

@@ -96,7 +96,7 @@ class Controller:
                     "config file, or point rollout.controller_url at the right controller."
                 )
         incarnation = parts.ledger.attach(request.resumed_step)
-        parts.targets.forget_after(request.resumed_step)
+        parts.targets.forget_after(request.resumed_step, [engine.weights for engine in parts.fleet.engines.values()])
         log.info("trainer %d attached at step %d", incarnation, request.resumed_step)
         parts.bell.ring()
         return protocol.AttachReply(incarnation)
@@ -152,7 +152,7 @@ class Controller:
         newest = self._parts.targets.newest
         if self._parts.syncer is None:
             return protocol.VersionReply(version=0, needed=False)
-        if newest is not None and (newest.step, newest.checksum) == (request.step, request.checksum):
+        if newest is not None and _holds(newest, request):
             if self._must_evaluate(newest) and self._parts.targets.want_evaluation(newest):
                 self._parts.bell.ring()
             return protocol.VersionReply(newest.version, needed=False)
@@ -250,3 +250,9 @@ class Controller:
             )
         if newest is not None and request.version < newest.version:
             raise ControllerError(f"version {request.version} is older than version {newest.version} on the engines.")
+
+
+def _holds(newest: VersionRow, request: protocol.VersionRequest) -> bool:
+    """Whether the newest version is these weights and can still be had: what lay in a trainer's memory went with it."""
+    same = (newest.step, newest.checksum) == (request.step, request.checksum)
+    return same and not (newest.in_memory and newest.incarnation != request.incarnation)

@@ -4,6 +4,7 @@ from enum import StrEnum
 
 import msgspec
 
+from asympo_megatron.protocol import COLLECTIVE
 from asympo_megatron.records import Group
 
 
@@ -59,6 +60,12 @@ class VersionRow(msgspec.Struct, frozen=True):
     incarnation: int
     checksum: str
     path: str
+    """A directory, or the address of the sender that holds it in memory."""
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether the version lies in the trainer's memory, and ends with that trainer."""
+        return self.path.startswith(COLLECTIVE)
 
 
 def summarize(stored: StoredGroup) -> list[ResponseSummary]:

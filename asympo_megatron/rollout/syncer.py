@@ -15,6 +15,7 @@ from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt,
 from asympo_megatron.errors import ControllerError, EngineError, PublishError
 from asympo_megatron.rollout.bell import Background, Bell
 from asympo_megatron.rollout.client import EngineClient
+from asympo_megatron.rollout.collective import Collective, SenderLost
 from asympo_megatron.rollout.fleet import Engine, EngineState, Fleet
 from asympo_megatron.rollout.rows import VersionRow
 from asympo_megatron.rollout.targets import Targets
@@ -37,6 +38,7 @@ class SyncOptions:
         start_timeout_s: deadline of readiness.
         silence_s: a serving engine that is silent for this long is taken out. It is asked for its weight version after
             every quarter of this, once, and has the other three quarters to answer.
+        collective: how weights in the trainer's memory reach an engine.
         backoff_s: pause after the first failure; doubles.
     """
 
@@ -45,6 +47,7 @@ class SyncOptions:
     timeout_s: float
     start_timeout_s: float
     silence_s: float
+    collective: Collective
     backoff_s: float = 0.5
 
 
@@ -150,8 +153,18 @@ class Syncer:
                 if await self._files_good(target) and self._targets.current == target:
                     await self._sync(engine, target, fresh=fresh)
                     fresh = False
+            except SenderLost as error:
+                fresh = True
+                await self._wait_for_sender(engine, target, error)
             finally:
                 engine.loading = None
+
+    async def _wait_for_sender(self, engine: Engine, target: VersionRow, error: SenderLost) -> None:
+        """The trainer went while it sent. The engine may hold half of a version: it serves none until the next one."""
+        log.warning("engine %s waits for weights: %s", engine.url, error)
+        engine.weights, engine.last_error = None, str(error)
+        self._fleet.set_state(engine, EngineState.SYNCING)
+        await self._bell.until(lambda: self._targets.current != target, self._options.backoff_s * 2)
 
     async def _watch(self, engine: Engine) -> None:
         """Return when other weights are wanted; raise when the engine failed."""
@@ -192,10 +205,17 @@ class Syncer:
         if fresh or goes_back:
             await client.abort(options.run_prefix)
         mode = "abort" if fresh else options.pause_mode
-        await client.pause(mode)
-        await client.update_weights(
-            row.path, str(row.version), flush_cache=mode != "in_place", timeout_s=options.timeout_s
-        )
+        label, flush_cache = str(row.version), mode != "in_place"
+        if row.in_memory:
+            transfer = await options.collective.open(client, row)  # before the pause: meeting takes time
+            try:
+                await client.pause(mode)
+                await transfer.run(label, flush_cache=flush_cache)
+            finally:
+                await transfer.close()
+        else:
+            await client.pause(mode)
+            await client.update_weights(row.path, label, flush_cache=flush_cache, timeout_s=options.timeout_s)
         _check_label(engine, row, await client.weight_label(attempts=3))
         await client.resume()
 
@@ -204,6 +224,8 @@ class Syncer:
 
         A bad version that is wanted is the publisher's fault, not the engine's: PublishError ends the run.
         """
+        if row.in_memory:
+            return True
         if row.version not in self._verified:
             self._verified = {version: task for version, task in self._verified.items() if not task.done()}
             self._verified[row.version] = asyncio.get_running_loop().create_task(self._verify_files(row))

@@ -1,6 +1,6 @@
 """Which weight version the engines should hold."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from asympo_megatron.rollout.rows import VersionRow
 
@@ -42,9 +42,16 @@ class Targets:
         """The evaluation of a version is done."""
         self._to_evaluate = [waiting for waiting in self._to_evaluate if waiting != row]
 
-    def forget_after(self, step: int) -> None:
-        """The trainer goes back to ``step``: evaluations of later steps that have not begun will come again."""
-        self._to_evaluate = [row for k, row in enumerate(self._to_evaluate) if k == 0 or row.step <= step]
+    def forget_after(self, step: int, held: Collection[VersionRow | None]) -> None:
+        """A new trainer is at ``step``: evaluations of later steps that have not begun will come again.
+
+        So will those of versions that lay in the earlier trainer's memory, unless an engine holds them.
+        """
+        self._to_evaluate = [
+            row
+            for k, row in enumerate(self._to_evaluate)
+            if (k == 0 or row.step <= step) and (row in held or not row.in_memory)
+        ]
 
     def in_use(self, loading: Iterable[VersionRow | None]) -> list[int]:
         """Versions whose files an engine loads or may load next."""

@@ -1,8 +1,7 @@
-"""Weights on their way to the engines: version number, files, announcement, clean-up."""
+"""Weights on their way to the engines: version number, transport, announcement, clean-up."""
 
 from collections import deque
 from collections.abc import Iterator
-from pathlib import Path
 
 from torch import Tensor
 
@@ -10,24 +9,23 @@ from asympo_megatron import protocol
 from asympo_megatron.config import Config
 from asympo_megatron.conversion import export_hf
 from asympo_megatron.mcore import Learner
-from asympo_megatron.sync import prune_versions, write_version
+from asympo_megatron.sync.transport import Transport
 from asympo_megatron.trainer.client import ControllerClient
 from asympo_megatron.trainer.exchange import Exchange
 
 
 class Publisher:
-    """Writes the learner's weights as a new version and tells the controller, which drives the engines.
+    """Gives the learner's weights a version and tells the controller, which drives the engines.
 
     Args:
-        weights_dir: RUN_DIR/weights, readable by every engine (a shared file system on a cluster).
-        model_dir: config.json and tokenizer that go into every version.
+        transport: where rank 0 puts a version; None on the other ranks.
     """
 
     def __init__(
-        self, config: Config, client: ControllerClient, exchange: Exchange, weights_dir: Path, model_dir: Path
+        self, config: Config, client: ControllerClient, exchange: Exchange, transport: Transport | None
     ) -> None:
         self._config, self._client, self._exchange = config, client, exchange
-        self._weights_dir, self._model_dir = weights_dir, model_dir
+        self._transport = transport
 
     def due(self, step: int) -> bool:
         """Whether weights ``step`` are to be published: every interval, and the last ones."""
@@ -45,17 +43,20 @@ class Publisher:
         if self._exchange.rank != 0:
             for _ in tensors:
                 pass
-        self._exchange.from_rank0(lambda: self._write(version.version, step, tensors, incarnation, checksum), None)
+        self._exchange.from_rank0(lambda: self._hand_over(version.version, step, tensors, incarnation, checksum), None)
 
-    def _write(
+    def close(self) -> None:
+        """No version is needed any more."""
+        if self._transport is not None:
+            self._transport.close()
+
+    def _hand_over(
         self, version: int, step: int, tensors: Iterator[tuple[str, Tensor]], incarnation: int, checksum: str
     ) -> None:
+        assert self._transport is not None  # rank 0 has one
         try:
-            path = write_version(
-                self._weights_dir, version, step=step, tensors=tensors, checksum=checksum, model_files=self._model_dir
-            )
+            path = self._transport.store(version, step, tensors, checksum)
         finally:
             deque(tensors, maxlen=0)  # the other ranks walk to the end, even when the disk is full here
-        request = protocol.PublishRequest(incarnation, step, version, checksum, str(path.resolve()))
-        reply = self._client.publish(request)
-        prune_versions(self._weights_dir, self._config.sync.keep_last, reply.in_use)
+        reply = self._client.publish(protocol.PublishRequest(incarnation, step, version, checksum, path))
+        self._transport.keep(reply.in_use)

@@ -10,6 +10,8 @@ from asympo_megatron.errors import AsympoError, ConfigError
 from asympo_megatron.mcore import Checkpoints, Layout, Learner, initialize, shutdown
 from asympo_megatron.metrics import MetricsWriter, open_sinks
 from asympo_megatron.objectives import Objective, build_objective, penalize_kl
+from asympo_megatron.sync.sender import WeightSender
+from asympo_megatron.sync.transport import CollectiveTransport, DiskTransport, Transport
 from asympo_megatron.tasks import load_task, prepare_model_dir
 from asympo_megatron.trainer.client import ControllerClient
 from asympo_megatron.trainer.exchange import Exchange
@@ -37,9 +39,13 @@ def train(config: Config) -> None:
         learner = _learner(config, layout, objective, model_dir)
         checkpoints = Checkpoints(run_dir.checkpoints, config.checkpoint.keep_last)
         _load_weights(config, learner, checkpoints)
-        source, publisher = _source(config, objective, exchange, run_dir, model_dir)
-        rows = _rows(config, exchange, run_dir)
-        TrainingLoop(config, learner, layout, source, publisher, checkpoints, rows).run()
+        source, publisher = _source(config, objective, exchange, layout, run_dir, model_dir)
+        try:
+            rows = _rows(config, exchange, run_dir)
+            TrainingLoop(config, learner, layout, source, publisher, checkpoints, rows).run()
+        finally:
+            if publisher is not None:
+                publisher.close()
     finally:
         shutdown()
 
@@ -92,14 +98,15 @@ def _load(config: Config, learner: Learner, source: str) -> None:
 
 
 def _source(
-    config: Config, objective: Objective, exchange: Exchange, run_dir: RunDir, model_dir: Path
+    config: Config, objective: Objective, exchange: Exchange, layout: Layout, run_dir: RunDir, model_dir: Path
 ) -> tuple[Source, Publisher | None]:
     rollout = config.rollout
     if rollout.controller_url:
         client = ControllerClient(rollout.controller_url, rollout.controller_token, rollout.engine_start_timeout_s)
         publisher = None
         if rollout.source == "engines":
-            publisher = Publisher(config, client, exchange, run_dir.weights, model_dir)
+            transport = _transport(config, layout, run_dir, model_dir) if exchange.rank == 0 else None
+            publisher = Publisher(config, client, exchange, transport)
         return ControllerSource(config, client, exchange), publisher
     if rollout.source == "engines":
         raise ConfigError(
@@ -108,6 +115,20 @@ def _source(
         )
     task = load_task(config, model_dir) if rollout.source == "supervised" else None
     return LocalSource(config, objective, task), None
+
+
+def _transport(config: Config, layout: Layout, run_dir: RunDir, model_dir: Path) -> Transport:
+    sync = config.sync
+    if sync.transport == "disk":
+        return DiskTransport(run_dir.weights, model_dir, sync.keep_last)
+    sender = WeightSender(
+        sync.host,
+        config.rollout.controller_token,
+        backend="nccl" if layout.device.type == "cuda" else "gloo",
+        bucket_bytes=sync.bucket_bytes,
+        timeout_s=config.rollout.engine_timeout_s,
+    )
+    return CollectiveTransport(sender)
 
 
 def _rows(config: Config, exchange: Exchange, run_dir: RunDir) -> MetricsRows:

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,13 +10,22 @@ from omegaconf import OmegaConf
 
 from asympo_megatron.config import load_config
 from asympo_megatron.errors import ConfigError
-from asympo_megatron.launch.engines import engine_command, engine_seed
+from asympo_megatron.launch import engines
+from asympo_megatron.launch import sglang as launch_sglang
+from asympo_megatron.launch.engines import engine_command, engine_environment, engine_seed
+from asympo_megatron.launch.sglang import cpu_arguments, find_python
 
 MODEL = Path("model")
 
 
+@pytest.fixture(autouse=True)
+def _with_gpus(monkeypatch):
+    monkeypatch.setattr(engines, "on_cpu", lambda: False)
+
+
 def sglang(tmp_path, *overrides, arguments=()):
-    config = load_config("quickstart", [f"run.root={tmp_path}", "rollout.engine=sglang", *overrides])
+    python = f"rollout.engine_python={sys.executable}"
+    config = load_config("quickstart", [f"run.root={tmp_path}", "rollout.engine=sglang", python, *overrides])
     config.rollout.engine_args = list(arguments)
     return config
 
@@ -60,6 +70,48 @@ def test_the_key_of_sglang_is_in_a_file_of_its_owner(tmp_path):
     assert "--config" not in engine_command(sglang(tmp_path), MODEL, 30000)
 
 
+def test_a_server_samples_in_the_precision_of_the_model(tmp_path):
+    """SGLang's own choice for a float32 model is float16."""
+    for dtype, expected in (("fp32", "float32"), ("bf16", "bfloat16")):
+        command = engine_command(sglang(tmp_path, f"model.dtype={dtype}"), MODEL, 30000)
+        assert command[:3] == [sys.executable, "-m", "sglang.launch_server"]
+        assert command[command.index("--dtype") + 1] == expected
+
+
+def test_without_a_gpu_servers_get_the_arguments_of_the_cpu_path_and_no_gpu_number(tmp_path, monkeypatch):
+    config = sglang(tmp_path, arguments=["--max-running-requests", "8"])
+    with_gpu = engine_command(config, MODEL, 30001, 1)
+    assert "--base-gpu-id" in with_gpu
+    assert "--device" not in with_gpu
+    assert "HF_HUB_OFFLINE" not in engine_environment(config)
+    monkeypatch.setattr(engines, "on_cpu", lambda: True)
+    command = engine_command(config, MODEL, 30001, 1)
+    assert command[command.index("--device") + 1] == "cpu"
+    assert "--base-gpu-id" not in command
+    assert command[-2:] == ["--max-running-requests", "8"], "the user's arguments come last, and win"
+    assert engine_environment(config)["HF_HUB_OFFLINE"] == "1"
+    tokens = cpu_arguments(1024)
+    assert int(tokens[tokens.index("--max-total-tokens") + 1]) == 64 * 1024
+
+
+def test_the_python_of_the_engines_is_looked_for(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(launch_sglang, "find_spec", lambda _: None)
+    with pytest.raises(
+        ConfigError, match=r"no environment holds sglang\. Set rollout\.engine_python .*`make sglang-env`"
+    ):
+        find_python(None)
+    monkeypatch.setattr(launch_sglang, "find_spec", lambda _: "found")
+    assert find_python(None) == sys.executable
+    made = tmp_path / ".venv-sglang" / "bin" / "python"
+    made.parent.mkdir(parents=True)
+    made.touch()
+    assert find_python(None) == str(made), "an environment made for it comes first"
+    assert find_python(sys.executable) == sys.executable
+    with pytest.raises(ConfigError, match=r"rollout\.engine_python is 'nowhere', which is no file"):
+        find_python("nowhere")
+
+
 def test_no_two_engines_and_no_two_starts_share_a_seed():
     seeds = {engine_seed(run, port, ns) for run in (0, 1) for port in (30000, 30001) for ns in (10**18, 10**18 + 1)}
     assert len(seeds) == 8
@@ -86,7 +138,7 @@ def test_only_a_rank_of_torchrun_dies_with_its_parent(monkeypatch, run_id, expec
     from asympo_megatron.cli.main import main
 
     asked = []
-    monkeypatch.setattr(asympo_megatron.launch.children, "die_with_parent", lambda: asked.append(os.getpid()))
+    monkeypatch.setattr(asympo_megatron.launch.children, "die_with_parent", lambda _: asked.append(os.getpid()))
     monkeypatch.setattr(asympo_megatron.trainer.run, "train", lambda _: None)
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     if run_id is not None:
