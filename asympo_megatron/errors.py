@@ -80,6 +80,14 @@ class IntegrationError(AsympoError, ImportError):
     """A framework whose plug-in point is missing or is not the one an adapter was written for."""
 
 
+EXIT_REQUEUE = 75
+"""Exit code of a run that a batch system stopped in good order: start the same command again (EX_TEMPFAIL)."""
+
+
+class PreemptedError(AsympoError, RuntimeError):
+    """The run was asked to stop, and has: its state is saved and the same command resumes it."""
+
+
 class NonFiniteLossError(AsympoError, ArithmeticError):
     """Loss or gradient norm is NaN or infinite: the step was refused and the weights kept."""
 

@@ -4,6 +4,7 @@ import argparse
 import asyncio
 import logging
 import os
+import signal
 import time
 from typing import TYPE_CHECKING
 
@@ -24,13 +25,17 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def train(arguments: argparse.Namespace) -> int:
-    from asympo_megatron.launch.children import die_with_parent
-    from asympo_megatron.trainer.run import train as train_run
+    from asympo_megatron.trainer.preemption import StopSignals
 
-    # torchrun that is killed leaves its ranks behind. `asympo run` asks at the fork; a hand-started trainer lives on.
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        die_with_parent()
-    train_run(_load(arguments))
+    with StopSignals() as signals:
+        from asympo_megatron.launch.children import die_with_parent
+        from asympo_megatron.trainer.run import train as train_run
+
+        # torchrun that is killed leaves its ranks behind. `asympo run` asks at the fork; a hand-started trainer lives
+        # on. SIGTERM would ask for one more step and a checkpoint.
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            die_with_parent(signal.SIGKILL)
+        train_run(_load(arguments), signals)
     return 0
 
 

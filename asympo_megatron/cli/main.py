@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from asympo_megatron.cli import commands, convert
-from asympo_megatron.errors import AsympoError
+from asympo_megatron.errors import EXIT_REQUEUE, AsympoError, PreemptedError
 
 EXIT_BAD_INPUT = 2
 EXIT_FAILED = 1
@@ -15,7 +15,7 @@ EXIT_INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0 done, 1 failed, 2 bad input, 130 interrupted."""
+    """Run a command; returns the exit code: 0 done, 1 failed, 2 bad input, 75 preempted, 130 interrupted."""
     arguments = _parser().parse_args(argv)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
     command: Callable[[argparse.Namespace], int] = arguments.command
@@ -24,6 +24,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted: everything is stopped; the same command resumes the run.", file=sys.stderr)
         return EXIT_INTERRUPTED
+    except PreemptedError as error:
+        print(f"preempted: {error}", file=sys.stderr)
+        return EXIT_REQUEUE
     except AsympoError as error:
         print(f"asympo: {type(error).__name__}: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT if isinstance(error, ValueError) else EXIT_FAILED

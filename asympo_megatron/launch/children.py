@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from asympo_megatron.errors import AsympoError
@@ -23,17 +24,18 @@ class ChildDiedError(AsympoError, RuntimeError):
 
 @dataclass
 class Child:
-    """A started role and the log that holds its output."""
+    """A started role, the log that holds its output, and the signal that ends it."""
 
     role: str
     process: subprocess.Popen[bytes]
     log: Path
+    stop_signal: signal.Signals
 
 
-def die_with_parent() -> None:
-    """Ask the kernel for SIGTERM when the parent process dies, however it dies (Linux)."""
+def die_with_parent(number: signal.Signals = signal.SIGTERM) -> None:
+    """Ask the kernel for this signal when the parent process dies, however it dies (Linux)."""
     if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, number)
 
 
 class Children:
@@ -45,10 +47,19 @@ class Children:
         self._logs.mkdir(parents=True, exist_ok=True)
         self._children: list[Child] = []
 
-    def start(self, role: str, command: Sequence[str], env: dict[str, str] | None = None) -> Child:
+    def start(
+        self,
+        role: str,
+        command: Sequence[str],
+        env: dict[str, str] | None = None,
+        stop_signal: signal.Signals = signal.SIGTERM,
+    ) -> Child:
         """Start a role; its output goes to logs/ROLE.log, after what is already there.
 
         The log is for its owner alone: SGLang prints its arguments, the key included.
+
+        Args:
+            stop_signal: ends it, from :meth:`stop` or when this process dies.
         """
         log = self._logs / f"{role}.log"
         log.touch(mode=0o600)
@@ -60,9 +71,9 @@ class Children:
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **(env or {})},
                 start_new_session=True,
-                preexec_fn=die_with_parent,
+                preexec_fn=partial(die_with_parent, stop_signal),
             )
-        child = Child(role, process, log)
+        child = Child(role, process, log, stop_signal)
         self._children.append(child)
         return child
 
@@ -82,9 +93,9 @@ class Children:
         self._children.remove(child)
 
     def stop(self) -> None:
-        """SIGTERM to all, SIGKILL to those that have not ended after a grace period; returns when all are gone."""
+        """Its signal to each, SIGKILL to those that have not ended after a grace period; returns when all are gone."""
         for child in self._children:
-            _signal_group(child, signal.SIGTERM)
+            _signal_group(child, child.stop_signal)
         deadline = time.monotonic() + self._grace_s
         for child in self._children:
             try:

@@ -99,11 +99,11 @@ def asympo_command(*arguments: str) -> list[str]:
 
 
 def trainer_command(config: Config, *overrides: str) -> list[str]:
-    """The trainer: torchrun when it has several ranks, a plain process when it has one."""
+    """The trainer: a plain process when it has one rank, under torchrun when it has several."""
     parallel = config.parallel
     ranks = config.run.local_ranks or parallel.tensor * parallel.pipeline * parallel.context
     arguments = ["train", str(RunDir.of(config).config), *overrides]
     if ranks == 1:
         return asympo_command(*arguments)
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    launcher = ["-m", "asympo_megatron.launch.ranks", "--standalone", f"--nproc-per-node={ranks}"]
     return [sys.executable, *launcher, "-m", "asympo_megatron.cli.main", *arguments]

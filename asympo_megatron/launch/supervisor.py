@@ -2,17 +2,17 @@
 
     warm start (optional) -> engines + controller + trainer -> report
 
-One role dying stops all with its last words and a non-zero exit; Ctrl-C and SIGTERM stop all; nothing is left behind.
+One role dying stops all with its last words and a non-zero exit; Ctrl-C stops all; on SIGTERM or SIGUSR1 the trainer
+first finishes its step and saves. Nothing is left behind.
 """
 
-import os
 import signal
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from asympo_megatron.config import Config, RunDir, data_hash, load_config, warm_start_config
-from asympo_megatron.errors import ConfigError
+from asympo_megatron.errors import EXIT_REQUEUE, ConfigError, PreemptedError
 from asympo_megatron.launch.children import Child, ChildDiedError, Children, death_notice
 from asympo_megatron.launch.engines import (
     ROLE_ENV,
@@ -43,6 +43,7 @@ def run_local(config: Config, say: Callable[[str], None]) -> Path:
 
     Raises:
         ChildDiedError: a role ended too early; everything else has been stopped.
+        PreemptedError: stopped by SIGTERM or SIGUSR1; the same call resumes the run.
     """
     run_dir = RunDir.of(config)
     first = warm_start_config(config)
@@ -51,11 +52,10 @@ def run_local(config: Config, say: Callable[[str], None]) -> Path:
         preflight(first)
     lock = RunLock(run_dir)
     try:
-        overrides = [] if first is None else [f"model.init={_warm_start(first, say)}"]
-        run_dir.create(config)
-        model_dir = prepare_model_dir(config, run_dir.path)
-        with _sigterm_as_interrupt():
-            _run_roles(config, run_dir, model_dir, say, overrides)
+        with _StopSignals() as stop:
+            overrides = [] if first is None else [f"model.init={_warm_start(first, say, stop)}"]
+            run_dir.create(config)
+            _run_roles(config, run_dir, prepare_model_dir(config, run_dir.path), say, overrides, stop)
     finally:
         lock.release()
     return run_dir.path
@@ -77,7 +77,7 @@ def preflight(config: Config) -> None:
         check_port(rollout.controller_host, rollout.controller_port, "rollout.controller_port")
 
 
-def _warm_start(config: Config, say: Callable[[str], None]) -> Path:
+def _warm_start(config: Config, say: Callable[[str], None], stop: "_StopSignals") -> Path:
     """Complete the run that comes first; returns its checkpoints. Already complete: nothing is done.
 
     Raises:
@@ -92,8 +92,7 @@ def _warm_start(config: Config, say: Callable[[str], None]) -> Path:
     if not run_dir.checkpoint(config.run.steps).is_dir():
         say(f"warm start: {config.run.steps} supervised steps ({run_dir.path})")
         run_dir.create(config)
-        with _sigterm_as_interrupt():
-            _run_roles(config, run_dir, prepare_model_dir(config, run_dir.path), say, [])
+        _run_roles(config, run_dir, prepare_model_dir(config, run_dir.path), say, [], stop)
     return run_dir.checkpoints
 
 
@@ -110,18 +109,26 @@ def _decides_weights(config: Config) -> tuple[object, ...]:
 
 
 def _run_roles(
-    config: Config, run_dir: RunDir, model_dir: Path, say: Callable[[str], None], overrides: Sequence[str]
+    config: Config,
+    run_dir: RunDir,
+    model_dir: Path,
+    say: Callable[[str], None],
+    overrides: Sequence[str],
+    stop: "_StopSignals",
 ) -> None:
     children = Children(run_dir.logs)
     try:
         if config.rollout.source != "supervised":
             overrides = [*overrides, *_start_rollout(config, run_dir, model_dir, children)]
-        trainer = children.start("trainer", trainer_command(config, *overrides), ROLE_ENV)
+        # SIGTERM would ask it to finish its step; a kill does no harm, for a checkpoint is whole or absent
+        trainer = children.start("trainer", trainer_command(config, *overrides), ROLE_ENV, stop_signal=signal.SIGKILL)
+        stop.trainer = trainer
         with RunConsole(config, run_dir.path) as console:
             _watch(children, trainer, console)
         say(f"trained to step {config.run.steps}")
     finally:
         children.stop()
+        stop.trainer = None
 
 
 def _start_rollout(config: Config, run_dir: RunDir, model_dir: Path, children: Children) -> list[str]:
@@ -148,6 +155,8 @@ def _watch(children: Children, trainer: Child, console: RunConsole) -> None:
             children.forget(trainer)
             console.update()
             return
+        if code in (EXIT_REQUEUE, -signal.SIGUSR1):  # killed while it was still loading Python: nothing to save
+            raise PreemptedError(f"the trainer has saved and stopped; {trainer.log} says at which step.")
         if code is not None:
             raise ChildDiedError(death_notice(trainer, code))
         children.check()
@@ -155,11 +164,28 @@ def _watch(children: Children, trainer: Child, console: RunConsole) -> None:
         time.sleep(_POLL_S)
 
 
-class _sigterm_as_interrupt:
-    """Inside, SIGTERM (a batch system's stop) ends the run like Ctrl-C does."""
+class _StopSignals:
+    """Inside, SIGTERM and SIGUSR1 (a batch system's notice) reach the trainer, which saves and ends with EXIT_REQUEUE.
 
-    def __enter__(self) -> None:
-        self._before = signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    Without a trainer there is nothing to save: the run ends at once.
+    """
+
+    def __init__(self) -> None:
+        self.trainer: Child | None = None
+        self._ending = False
+
+    def __enter__(self) -> "_StopSignals":
+        numbers = (signal.SIGTERM, signal.SIGUSR1)
+        self._before = {number: signal.signal(number, self._pass_on) for number in numbers}
+        return self
 
     def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGTERM, self._before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _pass_on(self, *_: object) -> None:
+        if self.trainer is not None:
+            self.trainer.process.send_signal(signal.SIGUSR1)
+        elif not self._ending:  # a second signal must not interrupt the clean-up
+            self._ending = True
+            raise PreemptedError("asked to stop before training began. The same command resumes the run.")

@@ -64,6 +64,14 @@ class Exchange:
         if problem is not None:
             raise problem
 
+    def any(self, flag: bool) -> bool:
+        """Collective: whether any rank says so."""
+        if self._world is None:
+            return flag
+        said = torch.tensor([int(flag)])
+        dist.all_reduce(said, dist.ReduceOp.MAX, group=self._world)
+        return bool(said.item())
+
     def _share(self, call: Callable[[], T], kind: Any, source: int, group: dist.ProcessGroup | None) -> T:
         if group is None:
             return call()

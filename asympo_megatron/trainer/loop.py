@@ -7,9 +7,10 @@ import time
 
 from asympo_megatron import protocol
 from asympo_megatron.config import Config
-from asympo_megatron.errors import NonFiniteLossError
+from asympo_megatron.errors import NonFiniteLossError, PreemptedError
 from asympo_megatron.mcore import Checkpoints, Layout, Learner, Row
 from asympo_megatron.packing import attention_cost, plan_microbatches
+from asympo_megatron.trainer.preemption import Preemption
 from asympo_megatron.trainer.publisher import Publisher
 from asympo_megatron.trainer.rows import MetricsRows
 from asympo_megatron.trainer.sources import Source
@@ -27,22 +28,24 @@ class TrainingLoop:
         publisher: Publisher | None,
         checkpoints: Checkpoints,
         rows: MetricsRows,
+        preemption: Preemption,
     ) -> None:
         self._config, self._learner, self._layout = config, learner, layout
         self._source, self._publisher = source, publisher
-        self._checkpoints, self._rows = checkpoints, rows
+        self._checkpoints, self._rows, self._preemption = checkpoints, rows, preemption
 
     def run(self) -> None:
-        """Train. Raises NonFiniteLossError after saving the last good state."""
+        """Train. Raises NonFiniteLossError or PreemptedError after saving and committing the last good state."""
         self._source.attach(self._learner.step_count)
         self._rows.start(self._source.incarnation, self._learner.step_count)
         checksum = self._learner.checksum()
         self._publish(checksum)
         try:
             for step in range(self._learner.step_count, self._config.run.steps):
+                self._preemption.check()
                 checksum = self._train_step(step)
-        except NonFiniteLossError:
-            self._checkpoint()  # the state before the refused step is whole: keep it
+        except (NonFiniteLossError, PreemptedError):
+            self._checkpoint()  # the state between two steps is whole: keep it
             raise
         self._rows.finish(self._source.finish(self._learner.step_count))
 
@@ -55,8 +58,9 @@ class TrainingLoop:
             microbatches = self._learner.score(microbatches, which)
             clock.lap(f"time/score_{which}_s")
         figures = self._learner.step(microbatches, len(lease.responses))
-        checksum = self._learner.checksum()
         clock.lap("time/train_s")
+        checksum = self._learner.checksum()
+        clock.lap("time/checksum_s")
         self._publish(checksum)
         clock.lap("time/publish_s")
         if self._checkpoint_due(step + 1):

@@ -16,6 +16,7 @@ from asympo_megatron.tasks import load_task, prepare_model_dir
 from asympo_megatron.trainer.client import ControllerClient
 from asympo_megatron.trainer.exchange import Exchange
 from asympo_megatron.trainer.loop import TrainingLoop
+from asympo_megatron.trainer.preemption import Preemption, StopSignals
 from asympo_megatron.trainer.publisher import Publisher
 from asympo_megatron.trainer.rows import MetricsRows
 from asympo_megatron.trainer.sources import ControllerSource, LocalSource, Source
@@ -23,26 +24,28 @@ from asympo_megatron.trainer.sources import ControllerSource, LocalSource, Sourc
 log = logging.getLogger(__name__)
 
 
-def train(config: Config) -> None:
+def train(config: Config, signals: StopSignals) -> None:
     """Train ``config`` to ``run.steps``, resuming from the newest complete checkpoint of its run directory.
 
     Raises:
+        PreemptedError: asked to stop by a signal; the state is saved and committed.
         AsympoError: see the message; checkpoints and journal are left so that the same command resumes.
     """
     run_dir = RunDir.of(config)
     layout = initialize(config)
     try:
         exchange = Exchange(layout.rank, layout.world_size, layout.dp_rank)
+        preemption = Preemption(signals, exchange)
         model_dir = Path(exchange.from_rank0(lambda: str(_prepare(config, run_dir)), str))
         objective = build_objective(config.objective.name, **config.objective.options)
         objective = penalize_kl(objective, config.objective.kl_coef, config.objective.kl_estimator)
         learner = _learner(config, layout, objective, model_dir)
         checkpoints = Checkpoints(run_dir.checkpoints, config.checkpoint.keep_last)
         _load_weights(config, learner, checkpoints)
-        source, publisher = _source(config, objective, exchange, layout, run_dir, model_dir)
+        source, publisher = _source(config, objective, exchange, preemption, layout, run_dir, model_dir)
         try:
             rows = _rows(config, exchange, run_dir)
-            TrainingLoop(config, learner, layout, source, publisher, checkpoints, rows).run()
+            TrainingLoop(config, learner, layout, source, publisher, checkpoints, rows, preemption).run()
         finally:
             if publisher is not None:
                 publisher.close()
@@ -98,7 +101,13 @@ def _load(config: Config, learner: Learner, source: str) -> None:
 
 
 def _source(
-    config: Config, objective: Objective, exchange: Exchange, layout: Layout, run_dir: RunDir, model_dir: Path
+    config: Config,
+    objective: Objective,
+    exchange: Exchange,
+    preemption: Preemption,
+    layout: Layout,
+    run_dir: RunDir,
+    model_dir: Path,
 ) -> tuple[Source, Publisher | None]:
     rollout = config.rollout
     if rollout.controller_url:
@@ -107,7 +116,7 @@ def _source(
         if rollout.source == "engines":
             transport = _transport(config, layout, run_dir, model_dir) if exchange.rank == 0 else None
             publisher = Publisher(config, client, exchange, transport)
-        return ControllerSource(config, client, exchange), publisher
+        return ControllerSource(config, client, exchange, preemption), publisher
     if rollout.source == "engines":
         raise ConfigError(
             "rollout.source=engines needs rollout.controller_url=http://HOST:PORT, the address of `asympo control`. "

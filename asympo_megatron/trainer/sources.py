@@ -13,6 +13,7 @@ from asympo_megatron.records import Group, read_groups
 from asympo_megatron.tasks import Task, supervised_groups
 from asympo_megatron.trainer.client import ControllerClient
 from asympo_megatron.trainer.exchange import Exchange
+from asympo_megatron.trainer.preemption import Preemption
 
 Rows = list[tuple[int, int]]
 
@@ -40,10 +41,13 @@ class Source(Protocol):
 
 
 class ControllerSource:
-    """Groups leased from the controller: rank 0 leases, the first rank of each replica fetches its own tokens."""
+    """Groups leased from the controller: rank 0 leases, the first rank of each replica fetches its own tokens.
 
-    def __init__(self, config: Config, client: ControllerClient, exchange: Exchange) -> None:
-        self._config, self._client, self._exchange = config, client, exchange
+    Its waits end with PreemptedError once the run has been asked to stop.
+    """
+
+    def __init__(self, config: Config, client: ControllerClient, exchange: Exchange, preemption: Preemption) -> None:
+        self._config, self._client, self._exchange, self._preemption = config, client, exchange, preemption
         self.incarnation = 0
 
     def attach(self, resumed_step: int) -> None:
@@ -64,6 +68,7 @@ class ControllerSource:
             figures += reply.evaluations
             if reply.ready:
                 return msgspec.structs.replace(reply, evaluations=figures)
+            self._preemption.check()
 
     def samples(self, step: int, rows: Rows) -> list[protocol.Sample]:
         request = protocol.PayloadRequest(self.incarnation, step, rows)
@@ -80,6 +85,7 @@ class ControllerSource:
             figures += reply.evaluations
             if reply.done:
                 return figures
+            self._preemption.check()
 
 
 class LocalSource:

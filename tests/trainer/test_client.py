@@ -12,6 +12,7 @@ from asympo_megatron.config import load_config
 from asympo_megatron.errors import ConfigError, ControllerError, JournalError, StaleIncarnationError
 from asympo_megatron.trainer.client import ControllerClient
 from asympo_megatron.trainer.exchange import Exchange
+from asympo_megatron.trainer.preemption import Preemption, StopSignals
 from asympo_megatron.trainer.sources import ControllerSource
 
 
@@ -63,7 +64,8 @@ def evaluation(step):
 
 
 def source_of(client):
-    source = ControllerSource(load_config("quickstart"), client, Exchange(0, 1, 0))
+    exchange = Exchange(0, 1, 0)
+    source = ControllerSource(load_config("quickstart"), client, exchange, Preemption(StopSignals(), exchange))
     source.incarnation = 7
     return source
 
