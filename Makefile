@@ -10,6 +10,8 @@ LATTICE_ARGS ?=
 TEST_WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
 BIN := $(VENV)/bin
+# `make setup` installs the CPU build of torch: GPU tests run in an environment of the user's own.
+GPU_PYTHON ?= $(BIN)/python
 # --no-compile: byte-compiling all of torch costs more than compiling what is imported.
 PIP := $(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check -c constraints-cpu.txt $(PIP_ARGS)
 RUN_STAMP := $(VENV)/.installed-run
@@ -62,9 +64,9 @@ test-sglang: setup  ## tests against a real SGLang server (not there yet)
 	@echo "test-sglang: no suite against a real SGLang server yet; tests/engine checks the recorded contract." >&2
 	@exit 1
 
-gpu-smoke: setup  ## a short run on a CUDA device (not there yet)
-	@echo "gpu-smoke: no GPU suite yet." >&2
-	@exit 1
+gpu-smoke: setup  ## short runs on a CUDA device; GPU_PYTHON names a Python with a CUDA build of torch
+	@$(GPU_PYTHON) -c "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 'gpu-smoke: no CUDA device is visible to $(GPU_PYTHON); nothing was tested. On a GPU machine name a Python with this package and a CUDA build of torch: make gpu-smoke GPU_PYTHON=...')"
+	$(GPU_PYTHON) -m pytest tests/gpu -m gpu $(PYTEST_ARGS)
 
 docs: setup  ## regenerate docs/configuration.md from the schema
 	$(BIN)/python tools/config_reference.py

@@ -17,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore
 
@@ -64,7 +65,8 @@ def join_group(name: str) -> None:
     """
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world_size=None, is_master=False)
-    dist.init_process_group("gloo", store=PrefixStore(name, store), rank=rank, world_size=world_size)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=PrefixStore(name, store), rank=rank, world_size=world_size)
 
 
 def _start(program: str, rank: int, world_size: int, port: int, folder: Path) -> subprocess.Popen[bytes]:
@@ -126,8 +128,6 @@ def _load(program: str) -> Callable[[Any], Any]:
 
 def main(program: str, folder: str) -> None:
     """Entry point of one rank."""
-    import torch
-
     faulthandler.enable()
     torch.set_num_threads(1)
     payload = json.loads((Path(folder) / "payload.json").read_text())
