@@ -29,6 +29,14 @@ LLAMA3 = {
     "original_max_position_embeddings": 8192,
 }
 
+MOE = {
+    "model_type": "qwen3_moe",
+    "head_dim": 8,
+    "moe_intermediate_size": 24,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+}
+
 KINDS: dict[str, dict[str, Any]] = {
     "qwen3": {"model_type": "qwen3", "head_dim": 16, "tie_word_embeddings": True},
     "qwen3-untied": {"model_type": "qwen3", "head_dim": 8, "tie_word_embeddings": False},
@@ -36,7 +44,17 @@ KINDS: dict[str, dict[str, Any]] = {
     "qwen2-untied": {"model_type": "qwen2", "tie_word_embeddings": False},
     "llama": {"model_type": "llama", "tie_word_embeddings": False},
     "llama3-rope": {"model_type": "llama", "tie_word_embeddings": True, "rope_parameters": LLAMA3},
+    "qwen3_moe": {**MOE, "norm_topk_prob": True, "mlp_only_layers": [1], "num_hidden_layers": 4},
+    "qwen3_moe-raw-weights": {**MOE, "norm_topk_prob": False, "tie_word_embeddings": True},
     "mistral": {"model_type": "mistral", "sliding_window": None, "rope_parameters": {"rope_theta": 1e6}},
+    "qwen3_moe": {
+        "model_type": "qwen3_moe",
+        "head_dim": 8,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "tie_word_embeddings": False,
+    },
 }
 
 
