@@ -1,0 +1,178 @@
+"""AReaL: ``AsympoPPOTrainer`` and ``AsympoGRPOConfig`` instead of ``PPOTrainer`` and ``GRPOConfig`` in the script.
+
+Checked against areal 1.0.4 (``trainer/ppo/actor.py``, ``trainer/rl_trainer.py``, ``engine/fsdp_engine.py``,
+``engine/megatron_engine.py``, ``engine/core/train_engine.py``).
+
+The engine calls the loss with packed [T] log-probs of whole sequences (reassembled under context parallelism), weighs
+each micro-batch with ``loss_weight_fn`` and divides by the sum of the weights over all ranks. AReaL's weight is the
+number of trained tokens; here it is the number of responses, so that the result is the sum over responses divided by
+N. AReaL's actor is kept as it is; its engine is wrapped so that ``train_batch`` gets this loss and this weight.
+
+What it saves: ``actor.recompute_logprob=false`` and ``actor.use_decoupled_loss=false`` (both required here, both
+defaults) drop the forward pass for old or proximal log-probs. AReaL asks SGLang for log-probs whatever the flags, and
+its advantage computation takes its shapes from them.
+"""
+
+import inspect
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from asympo_megatron.batch import UNTRAINED, ResponseBatch
+from asympo_megatron.errors import BatchError, ConfigError, IntegrationError
+from asympo_megatron.integrations.broadcast import response_value
+from asympo_megatron.integrations.padded import figures, require_no_behavior_data
+from asympo_megatron.objectives import Objective, build_objective
+
+try:
+    from areal import PPOTrainer
+    from areal.api.cli_args import GRPOConfig, PPOActorConfig
+    from areal.engine.core import train_engine
+    from areal.engine.fsdp_engine import FSDPPPOActor
+    from areal.trainer.ppo.actor import PPOActor
+    from areal.utils import stats_tracker
+    from areal.utils.environ import is_single_controller
+except ImportError as error:
+    raise IntegrationError(f"areal has no class where 1.0.4 has it: {error}. Install areal 1.0.4.") from error
+
+_OFF = {
+    "use_decoupled_loss": False,
+    "recompute_logprob": False,
+    "use_sapo_loss": False,
+    "m2_threshold": None,
+    "rejection_sampling": None,
+    "adv_norm": None,
+    "kl_ctl": 0.0,
+    "discount": 1.0,
+    "gae_lambda": 1.0,
+}
+"""Settings that cost a forward pass nobody reads, that this loss has no term for, or that give the tokens of one
+response different advantages; with the value that is needed."""
+
+
+@dataclass
+class AsympoActorConfig(PPOActorConfig):
+    """AReaL's ``actor`` section with an objective."""
+
+    kl_ctl: float = field(default=0.0, metadata={"help": "must be 0: a KL penalty differs from token to token"})
+    objective: str = field(default="asympo", metadata={"help": "asympo | asympo_spo | reinforce | pkg.mod:Class"})
+    objective_options: dict[str, Any] = field(default_factory=dict, metadata={"help": "options of the objective"})
+
+
+@dataclass
+class AsympoGRPOConfig(GRPOConfig):
+    """AReaL's experiment config whose actor section knows the objective."""
+
+    actor: AsympoActorConfig = field(default_factory=AsympoActorConfig)
+
+
+class AsympoPPOActor(PPOActor):
+    """AReaL's actor with our loss.
+
+    Raises:
+        ConfigError: a setting that this loss has no use for; the message names it.
+    """
+
+    def __init__(self, config: AsympoActorConfig, engine: Any) -> None:
+        for name, off in _OFF.items():
+            if getattr(config, name) != off:
+                raise ConfigError(f"actor.{name} is {getattr(config, name)}; ASymPO needs actor.{name}={off}.")
+        if config.reward_norm is None or config.reward_norm.mean_level is None:
+            raise ConfigError(
+                "rewards are not centred, so the advantages of a group do not sum to zero. Set "
+                "actor.reward_norm.mean_level=group and actor.reward_norm.group_size."
+            )
+        objective = build_objective(config.objective, **config.objective_options)
+        require_no_behavior_data(objective)
+        super().__init__(config, _EngineWithObjective(engine, objective))
+
+
+class AsympoFSDPPPOActor(FSDPPPOActor):
+    """AReaL's FSDP engine with :class:`AsympoPPOActor`."""
+
+    def __init__(self, config: AsympoActorConfig) -> None:
+        super().__init__(config)
+        self.actor = AsympoPPOActor(config, self)
+
+
+class AsympoPPOTrainer(PPOTrainer):
+    """AReaL's trainer with :class:`AsympoFSDPPPOActor` (``actor.backend`` fsdp)."""
+
+    def _create_train_engine(self, actor_config: Any, alloc: Any) -> Any:
+        if not isinstance(actor_config, AsympoActorConfig):
+            return super()._create_train_engine(actor_config, alloc)  # reference or teacher model
+        if alloc.backend != "fsdp":
+            raise ConfigError(f"actor.backend is {alloc.backend!r}; this adapter has the fsdp engine only.")
+        if is_single_controller():
+            actor = AsympoFSDPPPOActor.as_controller(actor_config, self.scheduler)
+        else:
+            actor = AsympoFSDPPPOActor(config=actor_config)
+        actor.create_process_group(parallel_strategy=alloc.parallel)
+        return actor
+
+
+class _EngineWithObjective:
+    """An engine whose ``train_batch`` takes our loss and weight instead of those handed in."""
+
+    def __init__(self, engine: Any, objective: Objective) -> None:
+        self._engine = engine
+        self._objective = objective
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def train_batch(self, input_: Any, loss_fn: Any, loss_weight_fn: Any) -> dict[str, float]:
+        return self._engine.train_batch(input_, loss_fn=self._loss, loss_weight_fn=count_responses)
+
+    def _loss(self, logprobs: Tensor, entropy: Tensor, input_data: dict[str, Any], **vocabulary: Tensor) -> Tensor:
+        return asympo_loss(self._objective, logprobs, entropy, input_data)
+
+
+def count_responses(input_data: dict[str, Any]) -> Tensor:
+    """``loss_weight_fn``: responses of a micro-batch, masked ones included."""
+    boundaries = input_data["cu_seqlens"]
+    return torch.tensor(boundaries.numel() - 1, device=boundaries.device)
+
+
+def asympo_loss(objective: Objective, logprob_T: Tensor, entropy_T: Tensor, input_data: dict[str, Any]) -> Tensor:
+    """Mean over the responses of a packed micro-batch; the engine weighs it with :func:`count_responses`.
+
+    Raises:
+        BatchError: the micro-batch is not packed, carries teacher log-probs, or has per-token advantages.
+    """
+    boundaries, mask_T = input_data.get("cu_seqlens"), input_data["loss_mask"].bool()
+    if boundaries is None or logprob_T.shape != mask_T.shape:
+        raise BatchError(
+            f"log-probs have shape {tuple(logprob_T.shape)}, the loss mask {tuple(mask_T.shape)}, cu_seqlens is "
+            f"{boundaries}: not a packed micro-batch. Turn tree training off."
+        )
+    if input_data.get("teacher_logp") is not None:
+        raise BatchError(
+            "the micro-batch carries teacher log-probs; this loss has no distillation term. Unset teacher."
+        )
+    length_R = boundaries.diff().long()
+    row_T = torch.repeat_interleave(torch.arange(len(length_R), device=mask_T.device), length_R)
+    ids_T = torch.where(mask_T, row_T, UNTRAINED)
+    count_R = torch.zeros_like(length_R).index_add_(0, row_T, mask_T.long())
+    advantage_R = response_value(input_data["advantages"], ids_T, len(length_R))
+    out = objective(-logprob_T, ResponseBatch(ids_T, advantage_R, count_R))
+    stats_tracker.denominator(n_valid_tokens=mask_T)
+    stats_tracker.stat(entropy=entropy_T.detach().float(), new_logp=logprob_T.detach(), denominator="n_valid_tokens")
+    stats_tracker.scalar(**{f"{objective.name}_{name}": value for name, value in figures(out.metrics).items()})
+    return out.loss_sum / out.normalizer_count
+
+
+def _check_hooks() -> None:
+    """AReaL's engine still takes a loss and a weight, and divides by the summed weight.
+
+    Raises:
+        IntegrationError: it does not.
+    """
+    given = inspect.signature(FSDPPPOActor.train_batch).parameters.keys()
+    if not {"input_", "loss_fn", "loss_weight_fn"} <= given or not hasattr(train_engine, "compute_total_loss_weight"):
+        raise IntegrationError(f"areal's train_batch takes {sorted(given)}. Install areal 1.0.4.")
+
+
+_check_hooks()
