@@ -13,4 +13,5 @@ urls=$(
   echo "$*"
 )
 exec "$ASYMPO" control "$CONFIG" "rollout.engine_urls=[$urls]" \
-  "rollout.controller_host=$BIND" "rollout.controller_port=$CONTROLLER_PORT" "${COMMON[@]}"
+  "rollout.controller_host=$BIND" "rollout.controller_port=$CONTROLLER_PORT" \
+  ${JOURNAL_DIR:+"rollout.journal_dir=$JOURNAL_DIR"} "${COMMON[@]}"

@@ -4,7 +4,7 @@
 # Run every script from the same directory on a file system that all hosts share: weights travel through runs/.
 : "${CONFIG:=examples/configs/qwen3_1p7b_math.yaml}"
 : "${ASYMPO:=.venv/bin/asympo}"
-: "${TORCHRUN:=.venv/bin/torchrun}"
+: "${PYTHON:=.venv/bin/python}"
 
 # sglang (the default) needs an environment of its own; embedded is for trials without a GPU.
 : "${ENGINE:=sglang}"

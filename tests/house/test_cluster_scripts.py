@@ -28,12 +28,26 @@ for ((i = 0; i <= tasks; i++)); do
 done
 echo "${script##*/}-id"
 """,
-    "scontrol": "#!/usr/bin/env bash\nprintf 'n1\\nn2\\n'\n",
-    "srun": '#!/usr/bin/env bash\nfor node in 0 1; do SLURM_NODEID=$node "$@"; done\n',
+    # Lists the nodes, and requeues a job unless it was cancelled.
+    "scontrol": """#!/usr/bin/env bash
+if [[ $1 == show ]]; then
+  printf 'n1\\nn2\\n'
+elif [[ -n ${CANCELLED:-} ]]; then
+  exit 1
+else
+  echo "scontrol $*" >>"$RECORDED"
+fi
+""",
+    # The highest exit code of the tasks, as the real one.
+    "srun": """#!/usr/bin/env bash
+code=0
+for node in 0 1; do SLURM_NODEID=$node "$@" || code=$?; done
+exit "$code"
+""",
     "hostname": "#!/usr/bin/env bash\necho host7\n",
     "scancel": RECORD,
     "asympo": RECORD,
-    "torchrun": RECORD,
+    "trainer_python": RECORD + 'exit "${TRAINER_EXIT:-0}"\n',
     "sglang_python": RECORD,
 }
 
@@ -51,7 +65,8 @@ def world(tmp_path):
         **kept,
         "PATH": f"{programs}:{kept['PATH']}",
         "ASYMPO": str(programs / "asympo"),
-        "TORCHRUN": str(programs / "torchrun"),
+        "PYTHON": str(programs / "trainer_python"),
+        "JOURNAL_ROOT": str(tmp_path / "local"),
         "SGLANG_PYTHON": str(programs / "sglang_python"),
         "RECORDED": str(tmp_path / "recorded"),
     }
@@ -86,7 +101,7 @@ def test_secrets_stay_off_the_command_lines(world):
     calls = run(world, "examples/slurm/submit.sh", "some.yaml", "r", ENGINE="embedded", **secrets)
     assert not any(secret in str(calls) for secret in secrets.values())
     told = [call for call in calls if "rollout.controller_token=${oc.env:ASYMPO_TOKEN}" in call]
-    assert [call[0] for call in told] == ["asympo", "asympo", "asympo", "torchrun", "torchrun"]
+    assert [call[0] for call in told] == ["asympo", "asympo", "asympo", "trainer_python", "trainer_python"]
     assert all("rollout.engine_api_key=${oc.env:ASYMPO_ENGINE_KEY}" in call for call in told)
 
 
@@ -134,3 +149,73 @@ def test_a_role_without_its_arguments_says_its_usage(world):
         )
         assert done.returncode != 0
         assert f"usage: {script}" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("code", "cancelled", "expected"),
+    [
+        ("75", "", ["scontrol", "requeue", "70042"]),
+        ("75", "yes", ["scancel", "engine.sbatch-id", "controller.sbatch-id"]),
+        ("1", "", ["scancel", "engine.sbatch-id", "controller.sbatch-id"]),
+    ],
+)
+def test_a_trainer_that_saved_is_requeued_and_its_servers_stay(world, code, cancelled, expected):
+    folder, env = world
+    more = {"ENGINE": "embedded", "TRAINER_EXIT": code, "CANCELLED": cancelled}
+    command = ["examples/slurm/submit.sh", "some.yaml", "r"]
+    done = subprocess.run(command, cwd=folder, env={**env, **more}, check=False, timeout=60, capture_output=True)
+    assert done.returncode == int(code)  # the stand-in for sbatch runs the job and passes its code on
+    assert shlex.split((folder / "recorded").read_text().splitlines()[-1]) == expected
+
+
+def run_controller_job(world, host="host7"):
+    """One controller job on ``host``, whose controller writes a line into its journal."""
+    folder, env = world
+    (folder / "bin" / "hostname").write_text(f"#!/usr/bin/env bash\necho {host}\n")
+    (folder / "bin" / "asympo").write_text(
+        """#!/usr/bin/env bash
+for argument in "$@"; do
+  case $argument in rollout.journal_dir=*) directory=${argument#rollout.journal_dir=} ;; esac
+done
+mkdir -p "$directory"
+echo "$(hostname)" >>"$directory/journal.sqlite"
+"""
+    )
+    rendezvous = folder / "runs" / "r" / "slurm"
+    rendezvous.mkdir(parents=True, exist_ok=True)
+    (rendezvous / "engine0.url").write_text("http://e0:30000\n")
+    job = {
+        "RENDEZVOUS": str(rendezvous),
+        "ROLES": str(folder / "examples" / "bare"),
+        "RUN_NAME": "r",
+        "ENGINES": "1",
+        "SLURM_JOB_ID": "42",
+    }
+    command = ["bash", "examples/slurm/controller.sbatch"]
+    done = subprocess.run(
+        command, cwd=folder, env={**env, **job}, check=False, timeout=60, capture_output=True, text=True
+    )
+    return done, rendezvous / "journal"
+
+
+def test_the_journal_lies_on_a_local_disk_and_follows_the_controller(world):
+    folder, _ = world
+    done, kept = run_controller_job(world)
+    assert done.returncode == 0, done.stderr
+    (local,) = (folder / "local").glob("asympo-*/r/journal.sqlite")
+    assert local.read_text() == (kept / "journal.sqlite").read_text() == "host7\n"
+    local.unlink()  # the next node has another disk
+    run_controller_job(world, host="host8")
+    assert local.read_text() == (kept / "journal.sqlite").read_text() == "host7\nhost8\n"
+
+
+def test_a_journal_that_was_left_on_another_node_is_not_passed_over(world):
+    _, kept = run_controller_job(world)
+    (kept / "owner").write_text("host7\n")  # its node died before the journal was copied
+    done, _ = run_controller_job(world, host="host8")
+    assert done.returncode == 2
+    assert "was left on host7" in done.stderr
+    done, _ = run_controller_job(world, host="host7")  # the node is back, with the newer journal on its disk
+    assert done.returncode == 0
+    assert (kept / "journal.sqlite").read_text() == "host7\nhost7\n"
+    assert not (kept / "owner").exists()
