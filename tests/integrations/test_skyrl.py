@@ -83,6 +83,9 @@ def test_a_changed_hook_or_a_taken_name_is_loud(monkeypatch):
     monkeypatch.setattr(adapter.ppo_utils, "apply_loss_reduction_to_advantages_minibatch", lambda **_: torch.ones(2, 2))
     with pytest.raises(IntegrationError, match="divides by responses x tokens"):
         adapter.register()
+
+
+def test_a_missing_hook_is_loud(monkeypatch):
     with pytest.raises(IntegrationError, match="no policy losses where"):
         load_adapter(monkeypatch, "skyrl", {"ray": skyrl_modules()["ray"], "skyrl.backends.skyrl_train.utils": {}})
 
