@@ -67,7 +67,7 @@ def test_never_holds_tokens_times_vocabulary(with_entropy):
     hidden.requires_grad_()
     weight.requires_grad_()
     with LargestAllocation() as seen:
-        out = token_nll(hidden, weight, target, tile=(8, 4), with_entropy=with_entropy)
+        out = token_nll(hidden, weight, target, tile=(32, 32), with_entropy=with_entropy)
         sum(value.sum() for value in (out if with_entropy else (out,))).backward()
     assert seen.elements == 256 * 4  # the gradient of the hidden states; the tiles are smaller
     with LargestAllocation() as seen:
