@@ -163,7 +163,6 @@ class _HFSide:
 
 
 class _MegatronSide(MegatronWeights):
-    @torch.no_grad()
     def nlls(self, sequences: Sequence[Sequence[int]]) -> list[float]:
         """Through a learner of one rank: packed, chunk by chunk, as in training."""
         config = Config()
@@ -172,8 +171,9 @@ class _MegatronSide(MegatronWeights):
         layout = initialize(config)
         try:
             learner = Learner(config, read_config(self.model_files), build_objective("asympo"), layout)
-            for shard in learner.shards():
-                shard.param.copy_(shard.take(self.parameter(shard.name)))
+            with torch.no_grad():
+                for shard in learner.shards():
+                    shard.param.copy_(shard.take(self.parameter(shard.name)))
             rows = [Row(ids[:1], ids[1:], [1] * (len(ids) - 1), 0.0) for ids in map(list, sequences)]
             scored = learner.score([[row] for row in rows], "old")
         finally:

@@ -47,14 +47,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "qwen3_moe": {**MOE, "norm_topk_prob": True, "mlp_only_layers": [1], "num_hidden_layers": 4},
     "qwen3_moe-raw-weights": {**MOE, "norm_topk_prob": False, "tie_word_embeddings": True},
     "mistral": {"model_type": "mistral", "sliding_window": None, "rope_parameters": {"rope_theta": 1e6}},
-    "qwen3_moe": {
-        "model_type": "qwen3_moe",
-        "head_dim": 8,
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 24,
-        "tie_word_embeddings": False,
-    },
 }
 
 

@@ -60,3 +60,18 @@ def layouts(payload: dict[str, Any]) -> dict[str, Any]:
         results[name] = result
     torch.manual_seed(0)
     return results
+
+
+def reload(payload: dict[str, Any]) -> dict[str, Any]:
+    """Load a converted checkpoint in several layouts and save it again from there; the checksums."""
+    results: dict[str, Any] = {}
+    for name, case in payload["cases"].items():
+        join_group(name)
+        _, learner = build(case["hf"], **case["parallel"])
+        try:
+            learner.load(case["source"], weights_only=True)
+            results[name] = learner.checksum()
+            learner.save(case["target"])
+        finally:
+            shutdown()
+    return results
