@@ -37,7 +37,6 @@ from asympo_megatron.objectives.ratio import MAX_LOG_RATIO, Terms, advantages, r
 from asympo_megatron.parallel import SINGLE, reduce_stats, spread_to_tokens
 from asympo_megatron.testing.distributed import run_threads
 
-
 pytestmark = pytest.mark.filterwarnings("ignore:normalizer='tokens'")
 
 
