@@ -108,6 +108,7 @@ def test_only_the_last_stage_has_logits_and_only_in_tiles(ranks):
     assert last["pipeline small tile"] == 0
 
 
+@pytest.mark.slow
 def test_overlapped_reductions_and_split_weights_train_alike():
     """Own weight and tied ones, over layouts whose hooks and shared embeddings depend on the buffer's conventions."""
     overlap = {"overlap_grad_reduce": True, "overlap_param_gather": True}
