@@ -25,9 +25,10 @@ class KLPenalty(Objective):
 
     With d_t = log pi_ref - log pi of the sampled token, and dd/dnll = 1:
 
-        k3 = exp(d) - 1 - d        weight coef (exp(d_t) - 1) / l_i: its own derivative
+        k3 = exp(d) - 1 - d        weight coef (exp(d_t) - 1) / l_i: its own derivative; on-policy an unbiased gradient
+                                   of the token's KL(pi_ref || pi), the other direction
         k2 = d^2 / 2               weight coef d_t / l_i: its own derivative; on-policy an unbiased gradient of the
-                                   token's KL
+                                   token's KL(pi || pi_ref)
         k1 = -d                    weight coef (1/l_i) sum over the response of d: **not** its derivative, which is -1
                                    on every token, 0 on average, and regularises nothing. This is the score-function
                                    gradient, as if -coef k1 were a reward of the response: on-policy an unbiased
