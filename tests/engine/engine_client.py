@@ -30,7 +30,9 @@ class EngineClient:
     def call(self, path: str, body: Any = None, method: str | None = None) -> tuple[int, Any]:
         """Status and parsed body; bytes are sent as they are."""
         data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data=data, method=method)
+        # a real server reads a body as JSON only where the header says so
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(self.url + path, data=data, headers=headers, method=method)
         try:
             with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer:
                 return answer.status, _parse(answer.read())
