@@ -26,7 +26,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 FAST := not slow and not sglang and not gpu and not multihost
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test check coverage lattice test-megatron-latest test-sglang test-slow gpu-smoke docs clean
+.PHONY: help setup quickstart test check coverage lattice test-megatron-latest sglang-env test-sglang test-slow gpu-smoke docs clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -60,9 +60,11 @@ test-megatron-latest: $(LATEST_STAMP)  ## Megatron tests and part of the lattice
 	  tests/mcore tests/conversion tests/lattice
 	$(ONE_THREAD) $(LATEST_BIN)/python -m pytest --timeout=1200 tests/lattice/test_lattice.py -k "2mb-packed-asympo"
 
-test-sglang: setup  ## tests against a real SGLang server (not there yet)
-	@echo "test-sglang: no suite against a real SGLang server yet; tests/engine checks the recorded contract." >&2
-	@exit 1
+sglang-env: setup  ## a real SGLang for machines without a GPU, in .venv-sglang
+	@$(BIN)/python tools/sglang_cpu_env build --pip-args="$(PIP_ARGS)"
+
+test-sglang: setup sglang-env  ## tests against two real SGLang servers, which they start
+	$(ONE_THREAD) GLOO_SOCKET_IFNAME=lo $(BIN)/python -m pytest tests/sglang -m sglang --timeout=600 $(PYTEST_ARGS)
 
 gpu-smoke: setup  ## short runs on a CUDA device; GPU_PYTHON names a Python with a CUDA build of torch
 	@$(GPU_PYTHON) -c "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 'gpu-smoke: no CUDA device is visible to $(GPU_PYTHON); nothing was tested. On a GPU machine name a Python with this package and a CUDA build of torch: make gpu-smoke GPU_PYTHON=...')"
