@@ -81,7 +81,10 @@ def whole_runs(report: harness.Report, vocab: int, tokens: int, rounds: int) -> 
         memory = extra[name] / extra["naive"]
         time = statistics.median(a.cpu_s / b.cpu_s for a, b in zip(runs[name], runs["naive"], strict=False))
         judged = report.at_most if name == "tiled" else lambda *words, **more: report.show(*words[:3], **more)
-        judged(f"token_nll/{name}_memory_ratio", memory, "of naive", MEMORY_GOAL, **facts)
+        if tokens == TOKENS:
+            judged(f"token_nll/{name}_memory_ratio", memory, "of naive", MEMORY_GOAL, **facts)
+        else:  # one tile is a large part of logits this small
+            report.show(f"token_nll/{name}_memory_ratio", memory, "of naive", **facts)
         judged(f"token_nll/{name}_time_ratio", time, "of naive", TIME_GOAL, **facts)
 
 
