@@ -167,7 +167,12 @@ def _patch_megatron() -> None:
 
 
 def _patch_gloo() -> None:
-    scatter, all_to_all = dist.scatter, dist.all_to_all_single
+    scatter, all_to_all, all_gather, reduce_scatter = (
+        dist.scatter,
+        dist.all_to_all_single,
+        dist.all_gather,
+        dist.reduce_scatter,
+    )
 
     def contiguous_scatter(tensor: Any, scatter_list: Any = None, *args: Any, **kwargs: Any) -> Any:
         # distrib_optimizer.load_parameter_state_from_dp_zero passes views; gloo scatters the wrong bytes of those
@@ -180,7 +185,33 @@ def _patch_gloo() -> None:
         in_sizes = kwargs.pop("input_split_sizes", in_sizes)
         return all_to_all(output, input, _as_list(out_sizes), _as_list(in_sizes), **kwargs)
 
+    # tensor_parallel/mappings: ranks that share the matrices of an expert hold unlike numbers of its tokens, and gloo
+    # wants one size. Tensors are filled up to the largest.
+    def unequal_all_gather(outputs: Any, tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        if len({output.shape for output in outputs}) == 1:
+            return all_gather(outputs, tensor, *args, **kwargs)
+        rows = max(len(output) for output in outputs)
+        filled = [_filled(output, rows) for output in outputs]
+        work = all_gather(filled, _filled(tensor, rows), *args, **kwargs)
+        for output, whole in zip(outputs, filled, strict=True):
+            output.copy_(whole[: len(output)])
+        return work
+
+    def unequal_reduce_scatter(output: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        if len({part.shape for part in inputs}) == 1:
+            return reduce_scatter(output, inputs, *args, **kwargs)
+        rows = max(len(part) for part in inputs)
+        filled = _filled(output, rows)
+        work = reduce_scatter(filled, [_filled(part, rows) for part in inputs], *args, **kwargs)
+        output.copy_(filled[: len(output)])
+        return work
+
     dist.scatter, dist.all_to_all_single = contiguous_scatter, list_all_to_all  # type: ignore[assignment]
+    dist.all_gather, dist.reduce_scatter = unequal_all_gather, unequal_reduce_scatter  # type: ignore[assignment]
+
+
+def _filled(tensor: Any, rows: int) -> Any:
+    return torch.cat([tensor, tensor.new_zeros((rows - len(tensor), *tensor.shape[1:]))])
 
 
 def _as_list(sizes: Any) -> Any:

@@ -66,13 +66,15 @@ def _without_padding(buffer: Any) -> dict[Any, tuple[int, int, int]]:
 def load_state(optimizer: Any, state: Any) -> None:
     """``optimizer.load_state_dict(state)``, right for torch's AdamW; options (lr, betas, eps) stay as configured."""
     options = [_options(group) for group in optimizer.param_groups]
+    state = _fit(optimizer, state)
     adams = list(_with_torch_adam(optimizer))
     for wrapper in adams:
         if isinstance(wrapper, DistributedOptimizer):
             # The inherited method copies every entry of the state, "step" too, which the checkpoint does not hold.
             wrapper._set_main_param_and_optimizer_states = _Setter(wrapper)
-        else:
-            _restore_step_zero(state)
+    for wrapper, part in _parts(optimizer, state):
+        if wrapper in adams and not isinstance(wrapper, DistributedOptimizer):
+            _restore_step_zero(part)
     try:
         # Without no_grad: float32 main parameters are views of leaves, which autograd refuses to copy into.
         optimizer.load_state_dict(state)
@@ -82,6 +84,39 @@ def load_state(optimizer: Any, state: Any) -> None:
     for group, ours in zip(optimizer.param_groups, options, strict=True):  # Megatron keeps the order of our groups
         group.update(ours)
     unshare_steps(optimizer)
+
+
+def _parts(optimizer: Any, state: dict[Any, Any]) -> list[tuple[Any, dict[str, Any]]]:
+    """Each inner optimizer with its state: a dict of its own, or (dense parameters, experts) dicts under 0, 1."""
+    wrappers = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [(wrappers[0], state)] if len(wrappers) == 1 else [(w, state[i]) for i, w in enumerate(wrappers)]
+
+
+def _fit(optimizer: Any, state: dict[Any, Any]) -> dict[Any, Any]:
+    """``state`` as this optimizer nests it: expert parallelism has a second one for experts, one expert rank has not.
+
+    Tensors arrive under this optimizer's nesting, whatever the checkpoint's; what is saved once for all ranks (options
+    and the step) keeps the checkpoint's. Options are those of the run anyway, so the step is all that is carried over.
+    """
+    nested = len(getattr(optimizer, "chained_optimizers", [optimizer])) > 1
+    saved_nested = not {"param_groups", "optimizer", "state"} & state.keys() if nested else 0 in state
+    if nested == saved_nested:
+        return state
+    saved = state[0] if saved_nested else state
+    fitted = {key: part for key, part in state.items() if isinstance(key, int) == nested}
+    for wrapper, part in _parts(optimizer, fitted):
+        if isinstance(wrapper, DistributedOptimizer):
+            steps = [group["step"] for group in saved["optimizer"]["param_groups"] if "step" in group]
+            own = wrapper.state_dict()["optimizer"]
+            groups = [{**group, **({"step": steps[0]} if steps else {})} for group in own["param_groups"]]
+            part["optimizer"] = {**own, "param_groups": groups}
+            part["param_state_sharding_type"] = saved["param_state_sharding_type"]
+        else:
+            pairs = zip(wrapper.param_groups, part["param_groups"], strict=True)
+            part["param_groups"] = [{**_options(ours), "params": group["params"]} for ours, group in pairs]
+            if "common_step" in saved["state"]:
+                part["state"]["common_step"] = saved["state"]["common_step"]
+    return fitted
 
 
 def unshare_steps(optimizer: Any) -> None:

@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 from conversion_programs import PROGRAM, build, make_config
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from asympo_megatron.conversion import export_hf, load_hf
 from asympo_megatron.conversion.names import entries
 from asympo_megatron.conversion.tensors import join_from_hf
+from asympo_megatron.engine.model import load_model, read_weights, replace_weights
+from asympo_megatron.engine.options import EngineOptions
 from asympo_megatron.mcore import Learner, Row, initialize, shutdown
 from asympo_megatron.mcore.collate import collate
 from asympo_megatron.objectives import build_objective
@@ -57,9 +59,7 @@ def _balance(router_logits: list[torch.Tensor], experts: int, top_k: int) -> tor
     total = torch.zeros(())
     for logits in router_logits:
         probability = logits.softmax(-1)
-        counts = torch.zeros(experts).index_add(
-            0, logits.topk(top_k).indices.flatten(), torch.ones(logits.numel() // 2)
-        )
+        counts = logits.topk(top_k).indices.flatten().bincount(minlength=experts)
         total = total + experts / (top_k * len(logits) ** 2) * (counts * probability.sum(0)).sum()
     return total
 
@@ -80,7 +80,7 @@ def _by_name(model: Any, learner: Learner) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("name", ["reinforce", "sft"])
 def test_gradient_with_the_load_balancing_loss(make_hf: MakeHF, name: str) -> None:
-    """Micro-batches of unlike size, divided by responses or by tokens: transformers' autograd of the written formula."""
+    """Micro-batches of unlike size, divided by responses or by tokens, against autograd of transformers' model."""
     model, directory = make_hf("qwen3_moe")
     config = make_config()
     config.model.megatron["moe_aux_loss_coeff"] = COEFFICIENT
@@ -117,6 +117,19 @@ def test_gradient_with_the_load_balancing_loss(make_hf: MakeHF, name: str) -> No
     assert max(errors.values()) <= 2e-5, max(errors, key=lambda key: errors[key])
     layers_with_experts = hf["num_hidden_layers"] - len(hf["mlp_only_layers"])
     assert figures["moe_balance"] == pytest.approx(float(torch.stack(balances).sum()) / layers_with_experts, rel=1e-5)
+
+
+def test_the_embedded_engine_serves_exported_weights(make_hf: MakeHF, tmp_path: Path) -> None:
+    """transformers stacks the experts of a layer when it loads; the published files keep them apart."""
+    model, directory = make_hf("qwen3_moe")
+    _, learner = _loaded(directory)
+    served = load_model(EngineOptions(model_path=str(directory), load_format="dummy"))
+    save_file(dict(export_hf(learner)), str(tmp_path / "model.safetensors"))
+    (tmp_path / "config.json").write_text((directory / "config.json").read_text())
+    replace_weights(served, read_weights(served, tmp_path))
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        assert torch.equal(served.module(ids).logits, model(ids).logits)
 
 
 TWO_RANKS = {

@@ -87,7 +87,7 @@ def test_intermediate_size_of_a_model_without_dense_layers_does_not_matter() -> 
 class Plain:
     """An objective that is only callable."""
 
-    def __init__(self, **_: Any) -> None:
+    def __init__(self, _: str) -> None:
         self._objective = build_objective("asympo")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
