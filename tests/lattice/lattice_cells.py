@@ -84,6 +84,12 @@ LAYOUTS: Mapping[str, Shape] = {
 }
 
 
+WIDE_LAYOUTS: Mapping[str, Shape] = {
+    "TP2xPP2xCP2+SP": Shape(8, {"tensor": 2, "pipeline": 2, "context": 2, "sequence": True}),
+    "TP2xCP2xDP2+SP+distopt": Shape(8, {"tensor": 2, "context": 2, "sequence": True}, distributed=True),
+}
+"""Three ways of splitting at once. Eight ranks are slow on two cores: a few cells only."""
+
 _EXPERT = {"expert": 2, "expert_tensor": 1}
 
 EXPERT_LAYOUTS: Mapping[str, Shape] = {
@@ -96,7 +102,11 @@ EXPERT_LAYOUTS: Mapping[str, Shape] = {
 }
 """Layouts of a mixture of experts; where nothing else is named, EP takes the data-parallel ranks."""
 
-SHAPES: Mapping[str, Shape] = {ONE_RANK: Shape(1), **LAYOUTS, **EXPERT_LAYOUTS}
+SHAPES: Mapping[str, Shape] = {ONE_RANK: Shape(1), **LAYOUTS, **EXPERT_LAYOUTS, **WIDE_LAYOUTS}
+
+
+EXPERT_OBJECTIVES = ("asympo", "reinforce", "sft")
+"""Those that differ in the divisor (responses, tokens), on which the scale of the load-balancing loss depends."""
 
 
 @dataclass(frozen=True)
@@ -109,9 +119,12 @@ class Cell:
     objective: str
     model: str = "qwen3-tied"
     dtype: str = "fp32"
+    mutant: str = ""
+    """A mistake of lattice_mutants.MUTANTS that this cell is trained with."""
 
     def __str__(self) -> str:
-        return f"{self.layout}-{self.microbatches}mb-{self.packing}-{self.objective}-{self.model}-{self.dtype}"
+        name = f"{self.layout}-{self.microbatches}mb-{self.packing}-{self.objective}-{self.model}-{self.dtype}"
+        return f"{name} {self.mutant}".rstrip()
 
     @property
     def reference(self) -> "Cell":
@@ -121,7 +134,7 @@ class Cell:
         there one rank works off the micro-batches of all replicas, one after the other.
         """
         count = self.microbatches * self.shape.replicas if self.model == BALANCED else 1
-        return replace(self, layout=ONE_RANK, microbatches=count, packing="packed")
+        return replace(self, layout=ONE_RANK, microbatches=count, packing="packed", mutant="")
 
     @property
     def ranks(self) -> int:
@@ -145,6 +158,10 @@ def objective_names() -> list[str]:
     return list(names.values())
 
 
+OPTIONS: Mapping[str, dict[str, Any]] = {"dr_grpo": {"constant_tokens": 16}}
+"""Of objectives that have options without a default."""
+
+
 def full_product() -> list[Cell]:
     """ASymPO in every layout, number of micro-batches and packing; experts without the load-balancing loss."""
     dense = [Cell(*values, "asympo") for values in product(LAYOUTS, MICROBATCHES, PACKINGS)]
@@ -154,14 +171,21 @@ def full_product() -> list[Cell]:
 def covering() -> list[Cell]:
     """The other objectives, and the other models: every pair of values of two axes at least once."""
     others = [name for name in objective_names() if name != "asympo"]
-    dense = pairwise([list(LAYOUTS), MICROBATCHES, PACKINGS, others, list(MODELS)])
-    experts = pairwise([list(EXPERT_LAYOUTS), MICROBATCHES, PACKINGS, others, [BALANCED]])
+    # When a gradient is reduced, and into whose shard, is nothing to an objective: the full product covers overlaps.
+    layouts = [name for name in LAYOUTS if "overlap" not in name]
+    dense = pairwise([layouts, MICROBATCHES, PACKINGS, others, list(MODELS)])
+    experts = pairwise([list(EXPERT_LAYOUTS), MICROBATCHES, PACKINGS, EXPERT_OBJECTIVES, [BALANCED]])
     return [Cell(*row) for row in (*dense, *experts)]
+
+
+def wide() -> list[Cell]:
+    """Cells of eight ranks."""
+    return [Cell(layout, *values, "asympo") for layout in WIDE_LAYOUTS for values in ((2, "packed"), (4, "padded"))]
 
 
 def all_cells() -> list[Cell]:
     """The lattice."""
-    return [*full_product(), *covering()]
+    return [*full_product(), *covering(), *wide()]
 
 
 def pairwise(axes: Sequence[Sequence[Any]]) -> list[tuple[Any, ...]]:

@@ -6,6 +6,7 @@ lopsided 5 responses, one of them with 90% of the trained tokens
 lonely   3 responses and one trained token: all other data-parallel ranks, context shards and micro-batches have none
 """
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import fields, replace
@@ -54,10 +55,15 @@ def _group(rng: random.Random, prompt_tokens: int, masks: list[list[int]], rewar
         return [rng.randrange(VOCAB) for _ in range(count)]
 
     responses = [
-        Response(tokens(len(mask)), mask, reward, behavior_logprobs=[-4 * rng.random() for _ in mask])
+        Response(tokens(len(mask)), mask, reward, behavior_logprobs=_logprobs(rng, len(mask)))
         for mask, reward in zip(masks, rewards, strict=True)
     ]
     return Group(tokens(prompt_tokens), responses)
+
+
+def _logprobs(rng: random.Random, count: int) -> list[float]:
+    """Around those of the untrained model, so that ratios of whole responses are neither 0 nor infinite."""
+    return [min(rng.gauss(-math.log(VOCAB), 0.3), 0.0) for _ in range(count)]
 
 
 LOGPROBS = tuple(field.name for field in fields(Row) if field.name.endswith("_logprobs"))
@@ -72,7 +78,7 @@ def rows_of(groups: Sequence[Group], seed: int = 0) -> list[Row]:
         advantages = compute_advantages([response.reward for response in group.responses], "group_mean")
         for response, advantage in zip(group.responses, advantages, strict=True):
             row = Row(group.prompt_ids, response.ids, response.mask, advantage)
-            logprobs = {name: [-4 * rng.random() for _ in response.ids] for name in LOGPROBS}
+            logprobs = {name: _logprobs(rng, len(response.ids)) for name in LOGPROBS}
             rows.append(replace(row, **{**logprobs, "behavior_logprobs": response.behavior_logprobs}))
     return rows
 

@@ -1,13 +1,16 @@
 """Wrong trainers that the lattice must catch: mistakes that real ones have had."""
 
+import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel import p2p_communication, schedules
 from torch import Tensor
 
 from asympo_megatron.batch import ObjectiveOutput, ResponseBatch
@@ -30,10 +33,10 @@ def _nothing(_: Learner) -> None: ...
 
 @dataclass(frozen=True)
 class Mutant:
-    """Where a mistake sits: in the objective, in what a model is built from, or in the built learner."""
+    """Where a mistake sits: in the objective, in the code around a learner from its start to its end, or in it."""
 
     objective: Callable[[Any], Any] = _same
-    before_build: Callable[[], AbstractContextManager[None]] | None = None
+    around: Callable[[], AbstractContextManager[None]] = nullcontext
     after_build: Callable[[Learner], None] = _nothing
 
 
@@ -58,7 +61,7 @@ def _wrap(change: Callable[..., ObjectiveOutput]) -> Mutant:
 
 def _local_sums(objective: Any, nll_T: Tensor, batch: ResponseBatch, groups: ParallelGroups) -> ObjectiveOutput:
     out = objective(nll_T, batch, groups=replace(groups, context=None))
-    return replace(out, normalizer_count=objective.normalizer_count(batch, groups), metrics={})
+    return replace(out, normalizer_count=objective.normalizer_count(batch, groups))
 
 
 def _mean_of_means(objective: Any, nll_T: Tensor, batch: ResponseBatch, groups: ParallelGroups) -> ObjectiveOutput:
@@ -112,7 +115,48 @@ def _drop_sequence_marks(learner: Learner) -> None:
             param.sequence_parallel = False
 
 
+@contextmanager
+def _late_receiver() -> Iterator[None]:
+    """What interleaved stages may meet on any day: freed memory is used again at once, and a peer receives late."""
+    deallocate, exchange = schedules.deallocate_output_tensor, p2p_communication._p2p_ops
+
+    def reuse(out: Tensor | None, deallocate_pipeline_outputs: bool = False) -> None:
+        if out is not None and deallocate_pipeline_outputs:
+            out.data.fill_(math.nan)
+        deallocate(out, deallocate_pipeline_outputs)
+
+    def late(*args: Any, **kwargs: Any) -> Any:
+        if dist.get_rank() > 0:  # gloo sends when the receiver is ready: the first stage has gone on by then
+            busy = torch.ones(256, 256)
+            for _ in range(8):
+                busy = busy @ busy
+        return exchange(*args, **kwargs)
+
+    schedules.deallocate_output_tensor, p2p_communication._p2p_ops = reuse, late
+    try:
+        yield
+    finally:
+        schedules.deallocate_output_tensor, p2p_communication._p2p_ops = deallocate, exchange
+
+
+def _fix_shapes(learner: Learner) -> None:
+    """For micro-batches of one length: no exchange of shapes keeps sender and receiver in step."""
+    learner.plan.transformer.variable_seq_lengths = False
+    forward_backward, config = learner._forward_backward, learner.config.batch
+
+    def with_length(batches: Any) -> Any:
+        budget = config.max_tokens_per_microbatch
+        (config.max_tokens_per_microbatch,) = {batch.tokens.numel() for batch in batches}
+        try:
+            return forward_backward(batches)
+        finally:
+            config.max_tokens_per_microbatch = budget
+
+    learner._forward_backward = with_length
+
+
 def _deallocate_outputs(learner: Learner) -> None:
+    _fix_shapes(learner)
     learner.plan.transformer.deallocate_pipeline_outputs = True
 
 
@@ -144,9 +188,10 @@ MUTANTS: Mapping[str, Mutant] = {
     "mean of local means": _wrap(_mean_of_means),
     "count on every context rank": _wrap(_count_everywhere),
     "count of one context shard": _wrap(_count_misses_context),
-    "3-tuple divided by the schedule": Mutant(before_build=_divided_by_schedule),
-    "2-tuple": Mutant(before_build=_divided_by_schedule, after_build=_use_two_tuple),
+    "3-tuple divided by the schedule": Mutant(around=_divided_by_schedule),
+    "2-tuple": Mutant(around=_divided_by_schedule, after_build=_use_two_tuple),
     "norm gradients not summed under SP": Mutant(after_build=_drop_sequence_marks),
-    "deallocated outputs under VPP": Mutant(after_build=_deallocate_outputs),
+    "deallocated outputs under VPP": Mutant(around=_late_receiver, after_build=_deallocate_outputs),
+    "late receiver": Mutant(around=_late_receiver, after_build=_fix_shapes),
     "no anchor": replace(_wrap(_unanchored), after_build=_remove_anchor),
 }

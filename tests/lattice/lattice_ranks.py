@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
-from lattice_cells import BALANCED, Cell
+from lattice_cells import BALANCED, OPTIONS, Cell
 from lattice_data import MAX_TOKENS, deal, global_batches, rectangle, rows_of
 from lattice_mutants import MUTANTS, Mutant
 
@@ -49,7 +49,6 @@ def config_of(cell: Cell) -> Config:
 def run_cells(payload: dict[str, Any]) -> list[dict[str, Any]]:
     """Measure cells on these ranks: the process groups once a layout, a new learner in each cell."""
     cells = [Cell(**cell) for cell in payload["cells"]]
-    mutant = MUTANTS[payload["mutant"]] if payload.get("mutant") else Mutant()
     results = []
     for number, (_, same_layout) in enumerate(groupby(cells, key=lambda cell: cell.layout)):
         members = list(same_layout)
@@ -57,7 +56,7 @@ def run_cells(payload: dict[str, Any]) -> list[dict[str, Any]]:
             for cell in members:
                 print(f"cell: {cell}", flush=True)  # the end of a rank's output is all that a time-out leaves
                 reference = torch.load(reference_file(Path(payload["folder"]), cell), weights_only=True)
-                results.append(_compare(cell, layout, reference, mutant))
+                results.append(_compare(cell, layout, reference))
     return results
 
 
@@ -83,22 +82,22 @@ def write_reference(folder: Path, cell: Cell) -> None:
     if not file.exists():
         reference = Cell(**{**asdict(cell.reference), "dtype": "fp32"})
         with joined("reference", reference) as layout:
-            torch.save(list(_steps(reference, layout, Mutant(), rounded=cell.dtype == "bf16")), file)
+            torch.save(list(_steps(reference, layout, rounded=cell.dtype == "bf16")), file)
 
 
-def _compare(cell: Cell, layout: Layout, reference: list[dict[str, Any]], mutant: Mutant) -> dict[str, Any]:
+def _compare(cell: Cell, layout: Layout, reference: list[dict[str, Any]]) -> dict[str, Any]:
     """Worst errors of this rank over the steps, of the gradients it holds and of the figures it reports."""
     errors: dict[str, float] = {}
     figures = {"loss": 0.0, "norm": 0.0, "figures": 0.0}
     try:
-        for got, wanted in zip(_steps(cell, layout, mutant), reference, strict=True):
+        for got, wanted in zip(_steps(cell, layout), reference, strict=True):
             for name, error in relative_errors(got["gradients"], wanted["gradients"]).items():
                 errors[name] = max(error, errors.get(name, 0.0))
             left_out = {"lr"} if cell.model == BALANCED else {"lr", "moe_balance"}  # see Cell.reference
             for name, error in _figure_errors(got["figures"], wanted["figures"], left_out).items():
                 figures[name] = max(error, figures[name])
     except NonFiniteLossError:
-        if mutant == Mutant():
+        if not cell.mutant:
             raise
         errors = dict.fromkeys(reference[0]["gradients"], math.inf)
     return {"errors": errors, **figures}
@@ -116,23 +115,24 @@ def _figure_errors(got: dict[str, float], wanted: dict[str, float], left_out: se
     return {"loss": errors.pop("loss"), "norm": norm, "figures": max(errors.values())}
 
 
-def _steps(cell: Cell, layout: Layout, mutant: Mutant, rounded: bool = False) -> Iterator[dict[str, Any]]:
+def _steps(cell: Cell, layout: Layout, rounded: bool = False) -> Iterator[dict[str, Any]]:
     """Train, and yield gradients and figures of every step."""
     config = config_of(cell)
-    with mutant.before_build() if mutant.before_build else nullcontext():
-        objective = mutant.objective(build_objective(cell.objective))
-        learner = Learner(config, config.model.hf, objective, layout)
-    if rounded:
-        _round(learner)
-    probe = GradientProbe(learner)
-    mutant.after_build(learner)
-    for groups in global_batches(1 if cell.dtype == "bf16" or rounded else STEPS):
-        rows = rows_of(groups)
-        # The learner packs with the layout it holds; a rectangle is that layout with longer sequences.
-        learner.layout = rectangle(rows, layout) if cell.packing == "padded" else layout
-        figures = learner.step(deal(rows, cell.microbatches, layout.dp_rank, layout.dp_size), len(rows))
-        figures["advantage_scale"] = sum(abs(row.advantage) for row in rows) / len(rows)
-        yield {"gradients": probe.gradients, "figures": figures}
+    mutant = MUTANTS[cell.mutant] if cell.mutant else Mutant()
+    with mutant.around():
+        objective = build_objective(cell.objective, **OPTIONS.get(cell.objective, {}))
+        learner = Learner(config, config.model.hf, mutant.objective(objective), layout)
+        if rounded:
+            _round(learner)
+        probe = GradientProbe(learner)
+        mutant.after_build(learner)
+        for groups in global_batches(1 if cell.dtype == "bf16" or rounded else STEPS):
+            rows = rows_of(groups)
+            # The learner packs with the layout it holds; a rectangle is that layout with longer sequences.
+            learner.layout = rectangle(rows, layout) if cell.packing == "padded" else layout
+            figures = learner.step(deal(rows, cell.microbatches, layout.dp_rank, layout.dp_size), len(rows))
+            figures["advantage_scale"] = sum(abs(row.advantage) for row in rows) / len(rows)
+            yield {"gradients": probe.gradients, "figures": figures}
 
 
 @torch.no_grad()

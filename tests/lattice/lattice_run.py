@@ -39,12 +39,12 @@ class Outcome:
         return self.errors[self.parameter]
 
 
-def measure(cells: Sequence[Cell], folder: Path, mutant: str | None = None) -> list[Outcome]:
+def measure(cells: Sequence[Cell], folder: Path) -> list[Outcome]:
     """All ``cells``, which have one number of ranks, in one start of them."""
     order = sorted(cells, key=lambda cell: list(SHAPES).index(cell.layout))
     for cell in order:
         write_reference(folder, cell)
-    payload = {"cells": [asdict(cell) for cell in order], "folder": str(folder), "mutant": mutant}
+    payload = {"cells": [asdict(cell) for cell in order], "folder": str(folder)}
     ranks = run_ranks(f"{PROGRAM}:run_cells", order[0].ranks, payload, timeout_s=START_S + CELL_S * len(order))
     return [_join(cell, results, folder) for cell, results in zip(order, zip(*ranks, strict=True), strict=True)]
 

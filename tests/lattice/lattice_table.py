@@ -13,18 +13,20 @@ COLUMNS = ("gradient", "loss", "norm", "figures")
 
 def terminal_table(outcomes: Iterable[Outcome]) -> str:
     """One line a cell: the four errors, and the parameter of the first."""
-    header = f"{'cell':72} {' '.join(f'{name:>8}' for name in COLUMNS)}  parameter"
+    header = f"{'cell':84} {' '.join(f'{name:>8}' for name in COLUMNS)}  parameter"
     lines = [header, *(_line(outcome) for outcome in _in_order(outcomes))]
-    return "\n".join([*lines, f"{len(lines) - 1} cells"])
+    return "\n".join([*lines, f"{len(lines) - 1} cells, mutants included"])
 
 
 def _line(outcome: Outcome) -> str:
     errors = " ".join(f"{getattr(outcome, name):8.1e}" for name in COLUMNS)
-    return f"{outcome.cell!s:72} {errors}  {outcome.parameter}"
+    return f"{outcome.cell!s:84} {errors}  {outcome.parameter}"
 
 
 def page_table(outcomes: Collection[Outcome]) -> str:
-    """Markdown: ASymPO's full product a layout a line, the covering a cell a line."""
+    """Markdown: ASymPO's full product a layout a line, the covering a cell a line, mutants."""
+    mutants = [outcome for outcome in outcomes if outcome.cell.mutant]
+    outcomes = [outcome for outcome in outcomes if not outcome.cell.mutant]
     product = [outcome for outcome in outcomes if _in_product(outcome.cell)]
     covering = [outcome for outcome in _in_order(outcomes) if not _in_product(outcome.cell)]
     columns = [(count, packing) for packing in PACKINGS for count in MICROBATCHES]
@@ -37,6 +39,9 @@ def page_table(outcomes: Collection[Outcome]) -> str:
     if covering:
         head = ["layout", "mb", "packing", "objective", "model", "gradient", "loss", "norm", "worst parameter"]
         parts += ["\nThe pairwise covering:\n", _markdown(head, [_covering_row(outcome) for outcome in covering])]
+    if mutants:
+        head = ["mutant", "layout", "mb", "packing", "objective", "gradient", "worst parameter"]
+        parts += ["\nMutants:\n", _markdown(head, [_mutant_row(outcome) for outcome in mutants])]
     return "\n".join(parts)
 
 
@@ -66,6 +71,12 @@ def _covering_row(outcome: Outcome) -> list[str]:
     return [*values, *errors, f"`{outcome.parameter}`"]
 
 
+def _mutant_row(outcome: Outcome) -> list[str]:
+    cell = outcome.cell
+    values = [cell.mutant, cell.layout, str(cell.microbatches), cell.packing, cell.objective]
+    return [*values, f"{outcome.gradient:.1e}", f"`{outcome.parameter}`"]
+
+
 def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -77,4 +88,4 @@ def _in_product(cell: Cell) -> bool:
 
 def _in_order(outcomes: Iterable[Outcome]) -> list[Outcome]:
     layouts = list(SHAPES)
-    return sorted(outcomes, key=lambda outcome: (not _in_product(outcome.cell), layouts.index(outcome.cell.layout)))
+    return sorted(outcomes, key=lambda o: (bool(o.cell.mutant), not _in_product(o.cell), layouts.index(o.cell.layout)))

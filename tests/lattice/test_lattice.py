@@ -43,7 +43,7 @@ def test_cell_reproduces_one_rank(lattice: Any, cell: Cell) -> None:
 def test_the_product_is_full_and_the_covering_meets_every_pair() -> None:
     layouts = {*LAYOUTS, *EXPERT_LAYOUTS}
     assert len(set(full_product())) == len(layouts) * len(MICROBATCHES) * len(PACKINGS)
-    for names in (LAYOUTS, EXPERT_LAYOUTS):
+    for names in ([name for name in LAYOUTS if "overlap" not in name], EXPERT_LAYOUTS):
         cells = [cell for cell in covering() if cell.layout in names]
         rows = [(c.layout, c.microbatches, c.packing, c.objective, c.model) for c in cells]
         axes = [{row[k] for row in rows} for k in range(5)]

@@ -13,15 +13,15 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from lattice_cells import MICROBATCHES, PACKINGS, objective_names
+from lattice_cells import MICROBATCHES, OPTIONS, PACKINGS, objective_names
 from lattice_data import VOCAB, deal, global_batches, rectangle, rows_of
 from torch import Tensor
 from torch.distributed import HashStore, PrefixStore
 
-from asympo_megatron.batch import ResponseBatch
 from asympo_megatron.mcore import Layout
 from asympo_megatron.mcore.collate import collate
-from asympo_megatron.objectives import build_objective
+from asympo_megatron.mcore.scoring import with_statistics
+from asympo_megatron.objectives import Objective, build_objective
 from asympo_megatron.parallel import SINGLE, ParallelGroups, token_nll
 from asympo_megatron.testing.distributed import run_threads
 from asympo_megatron.testing.gradients import relative_error
@@ -69,6 +69,7 @@ def _groups(world: Any, grid: Grid, store: HashStore) -> ParallelGroups:
     return ParallelGroups(
         tensor=group(f"tensor {context} {data}", tensor, grid.tensor),
         context=group(f"context {tensor} {data}", context, grid.context),
+        data_context=group(f"both {tensor}", data * grid.context + context, grid.data * grid.context),
     )
 
 
@@ -87,18 +88,23 @@ Case = tuple[str, int, str]
 """Objective, micro-batches, packing."""
 
 
+def _objective(name: str) -> Objective:
+    return build_objective(name, **OPTIONS.get(name, {}))
+
+
 def _rank(world: Any, grid: Grid, store: HashStore, cases: list[Case], local_sums: bool) -> list[dict[str, Tensor]]:
     """One rank's share of gradients, loss and count for every case; three global batches taken as one."""
     groups = _groups(world, grid, store)
     results = []
     for name, count, packing in cases:
-        objective = build_objective(name)
+        objective = _objective(name)
         embedding, whole = _weights()
         embedding.requires_grad_()
         output = whole.chunk(grid.tensor)[groups.tensor_rank].clone().requires_grad_()
         loss = torch.zeros((), dtype=torch.float64)
         divisor = torch.zeros((), dtype=torch.int64)
-        for batch in _microbatches(grid, groups, world.rank(), count, packing):
+        batches = list(_microbatches(grid, groups, world.rank(), count, packing))
+        for batch in with_statistics(objective, batches, groups):
             hidden = torch.tanh(embedding[batch.tokens.squeeze(0)])
             nll = token_nll(hidden, output, batch.targets.squeeze(0), groups=groups, vocab_size=VOCAB)
             out = objective(nll, batch.responses, groups=SINGLE if local_sums else groups)
@@ -168,9 +174,10 @@ def test_objectives_send_numbers_per_response_over_context_parallelism_never_tok
     def rank(world: Any) -> int:
         groups = ParallelGroups(context=world)
         layout = Layout(groups, world.rank(), 2, 0, 1, 4, torch.device("cpu"))
-        batch: ResponseBatch = collate(rows, layout).responses
-        build_objective(objective)(torch.rand(batch.response_ids_T.numel()), batch, groups=groups)
-        return batch.response_ids_T.numel()
+        chosen = _objective(objective)
+        (batch,) = with_statistics(chosen, [collate(rows, layout)], groups)
+        chosen(torch.rand(batch.responses.response_ids_T.numel()), batch.responses, groups=groups)
+        return batch.responses.response_ids_T.numel()
 
     tokens = run_threads(rank, 2)
     per_rank = sum(sent) / 2

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
 
 from asympo_megatron.batch import ObjectiveOutput, ResponseBatch
 from asympo_megatron.config import Config
@@ -88,19 +87,6 @@ def microbatches(rows: list[Row], config: Config, layout: Layout) -> list[list[R
     return [[rows[i] for i in batch] for batch in plan.microbatches[layout.dp_rank]]
 
 
-@dataclass(frozen=True)
-class LocalSums:
-    """Mutant: an objective that sums its responses over the own context-parallel rank only."""
-
-    objective: Any
-
-    def __call__(self, token_nll_T: Any, batch: ResponseBatch, groups: ParallelGroups) -> ObjectiveOutput:
-        alone = ParallelGroups(tensor=groups.tensor, data_context=groups.data_context, pipeline=groups.pipeline)
-        out = self.objective(token_nll_T, batch, groups=alone)
-        count = out.normalizer_count if groups.context_rank == 0 else torch.zeros_like(out.normalizer_count)
-        return ObjectiveOutput(out.loss_sum, count, {})
-
-
 def build(case: dict[str, Any]) -> tuple[Config, Layout, Learner]:
     """A learner in the layout of ``case``; several ranks have joined their group."""
     if "RANK" not in os.environ:
@@ -108,13 +94,7 @@ def build(case: dict[str, Any]) -> tuple[Config, Layout, Learner]:
     config = make_config(**case.get("config", {}))
     layout = initialize(config)
     objective: Any = build_objective(case.get("objective", "asympo"))
-    if case.get("mutant") == "local_sums":
-        objective = LocalSums(objective)
     learner = Learner(config, {**HF, **case.get("hf", {})}, objective, layout)
-    if case.get("mutant") == "no_sequence_allreduce":
-        for chunk in learner.chunks:
-            for param in chunk.parameters():
-                param.sequence_parallel = False
     return config, layout, learner
 
 
@@ -199,6 +179,8 @@ def refusals(_: dict[str, Any]) -> dict[str, str]:
 
 def failing_save(payload: dict[str, Any]) -> str:
     """The first rank alone fails to write the part of a checkpoint that all ranks have in common."""
+    from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy  # 0.16
+
     join_group("failing save")
     _, layout, learner = build({})
 
