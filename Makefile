@@ -48,6 +48,21 @@ check: setup  ## formatting, lints, types, layers
 test-slow: setup  ## tests that take minutes, with several torchrun agents on loopback
 	$(ONE_THREAD) $(BIN)/python -m pytest -m "(slow or multihost) and not sglang and not gpu" --timeout=1200 $(PYTEST_ARGS)
 
+INTEGRATIONS := verl trl skyrl areal
+INTEGRATION_TESTS := $(INTEGRATIONS:%=test-integration-%)
+.PHONY: test-integrations $(INTEGRATION_TESTS)
+test-integrations: $(INTEGRATION_TESTS)  ## the adapters against the real verl, TRL, SkyRL and AReaL
+
+# A folder for each, before .venv on the path: their pins conflict with each other's.
+$(INTEGRATION_TESTS): test-integration-%: $(VENV)-integrations/%/.installed
+	$(ONE_THREAD) HF_HUB_OFFLINE=1 PYTHONPATH=$(<D) $(BIN)/python -m pytest -m slow --timeout=1200 $(PYTEST_ARGS) \
+	  $(wildcard tests/integrations/test_$*.py tests/integrations/test_$*_real.py)
+
+$(VENV)-integrations/%/.installed: tests/integrations/requirements/%.txt | $(DEV_STAMP)
+	@rm -rf $(@D)
+	@$(PIP) --no-deps --target $(@D) -r $<
+	@touch $@
+
 coverage: setup  ## every line and branch of objectives/ and parallel/ is run by their tests
 	$(ONE_THREAD) $(BIN)/python -m pytest -q -m "$(FAST)" tests/objectives tests/parallel --cov=asympo_megatron.objectives \
 	  --cov=asympo_megatron.parallel --cov-branch --cov-report=term-missing:skip-covered --cov-fail-under=100
