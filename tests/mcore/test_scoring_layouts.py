@@ -110,12 +110,12 @@ def test_mutant_zigzag_left(two_ranks: Any, one_rank_results: Any) -> None:
 
 
 def test_mutant_statistic_of_one_micro_batch(two_ranks: Any, one_rank_results: Any) -> None:
-    """What it trains on is right, and its first gradient is not."""
+    """What it trains on is right; what it leaves out, and so the gradient, is not."""
     wanted = one_rank_results["k3"]
     _check_scores([rank["own micro-batch"] for rank in two_ranks], wanted, steps="0")
-    got = two_ranks[0]["own micro-batch"]["figures"][0]
-    assert got["clip_fraction"] != pytest.approx(wanted["figures"][0]["clip_fraction"], rel=1e-2)
-    assert got["grad_norm"] != pytest.approx(wanted["figures"][0]["grad_norm"], rel=2e-4)
+    got = two_ranks[0]["own micro-batch"]
+    assert got["figures"][0]["clip_fraction"] != pytest.approx(wanted["figures"][0]["clip_fraction"], rel=1e-2)
+    assert max(relative_errors(got["gradients"], wanted["gradients"]).values()) > 1e-3
 
 
 @pytest.mark.slow
