@@ -55,7 +55,13 @@ def attention_cost(hidden_size: int = 2048) -> Cost:
 
 
 def plan_microbatches(
-    lengths: Sequence[int], *, dp_size: int, max_tokens: int, pad_multiple: int = 1, cost: Cost | None = None
+    lengths: Sequence[int],
+    *,
+    dp_size: int,
+    max_tokens: int,
+    pad_multiple: int = 1,
+    pack_multiple: int = 1,
+    cost: Cost | None = None,
 ) -> Plan:
     """Distribute rows over data-parallel ranks and micro-batches, deterministically.
 
@@ -67,13 +73,15 @@ def plan_microbatches(
         lengths: tokens of each row, prompt and response together.
         dp_size: data-parallel ranks.
         max_tokens: budget of one micro-batch on one DP rank, over its CP ranks together, padding included.
-        pad_multiple: every row is padded to a multiple of it (2 x CP, times TP under sequence parallelism).
+        pad_multiple: every row is padded to a multiple of it (2 x CP).
+        pack_multiple: a micro-batch is padded to a multiple of it (that, times TP under sequence parallelism).
         cost: padded lengths to costs; default :func:`attention_cost`.
 
     Raises:
         PackingError: a row alone exceeds the budget, or an argument is out of range.
     """
-    size = _padded(lengths, dp_size, max_tokens, pad_multiple)
+    size = _padded(lengths, dp_size, max_tokens, pad_multiple, pack_multiple)
+    max_tokens -= max_tokens % pack_multiple
     weight = np.asarray((cost or attention_cost())(size), dtype=np.float64)
     order = np.lexsort((np.arange(size.size), -size, -weight)).tolist()
     tokens, costs = size.tolist(), weight.tolist()
@@ -88,17 +96,22 @@ def plan_microbatches(
     return _plan(_deal(bins, costs, dp_size), costs)
 
 
-def _padded(lengths: Sequence[int], dp_size: int, max_tokens: int, pad_multiple: int) -> NDArray[np.int64]:
-    for name, value in (("dp_size", dp_size), ("max_tokens", max_tokens), ("pad_multiple", pad_multiple)):
+def _padded(
+    lengths: Sequence[int], dp_size: int, max_tokens: int, pad_multiple: int, pack_multiple: int
+) -> NDArray[np.int64]:
+    numbers = {"dp_size": dp_size, "max_tokens": max_tokens, "pad_multiple": pad_multiple}
+    for name, value in {**numbers, "pack_multiple": pack_multiple}.items():
         if value < 1:
             raise PackingError(f"{name} is {value}; it must be at least 1.")
     raw = np.asarray(lengths, dtype=np.int64)
     size = -(-raw // pad_multiple) * pad_multiple
     if raw.size and raw.min() < 0:
         raise PackingError(f"response {int(raw.argmin())} has {int(raw.min())} tokens; a length is at least 0.")
-    if size.size and size.max() > max_tokens:
-        row = int(size.argmax())
-        padded = f" ({int(size[row])} padded to a multiple of {pad_multiple})" if size[row] != raw[row] else ""
+    longest = int(size.max()) if size.size else 0
+    if longest + -longest % pack_multiple > max_tokens:
+        row, multiple = int(size.argmax()), math.lcm(pad_multiple, pack_multiple)
+        alone = int(raw[row]) + -int(raw[row]) % multiple
+        padded = f" ({alone} padded to a multiple of {multiple})" if alone != raw[row] else ""
         raise PackingError(
             f"response {row} has {int(raw[row])} tokens{padded}; max_tokens_per_microbatch is {max_tokens}. "
             "Raise it or filter prompts."

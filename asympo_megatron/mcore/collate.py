@@ -3,6 +3,7 @@
 Axis suffixes: T local packed tokens, R responses of the micro-batch, S packed sequences.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -97,12 +98,13 @@ def collate(rows: Sequence[Row], layout: Layout) -> MicroBatch:
     A response without a trained token travels as a row (it counts in N) and costs no compute; nor do the tokens
     behind the last trained one. Without any trained token, a dummy sequence keeps every collective in step.
     """
-    tokens, targets, response_ids, fill, lengths = [], [], [], [], []
+    tokens, targets, response_ids, fill = [], [], [], []
+    lengths: list[int] = []
     trained_rows = [row for row in rows if any(row.mask)]
     logprobs: dict[str, list[float]] = {
         field: [] for field in LOGPROBS if all(getattr(row, field) is not None for row in trained_rows)
     }
-    padded = 0
+    padded, last = 0, max((number for number, row in enumerate(rows) if any(row.mask)), default=-1)
     for number, row in enumerate(rows):
         used = _used_tokens(row)
         if used == 0:
@@ -110,6 +112,8 @@ def collate(rows: Sequence[Row], layout: Layout) -> MicroBatch:
         sequence = [*row.prompt_ids, *row.ids[:used]]
         size = len(sequence) - 1
         padding = -size % layout.pad_multiple
+        if number == last:  # only the whole pack must split evenly under sequence parallelism
+            padding += -(sum(lengths) + size + padding) % layout.pack_multiple
         silent = len(row.prompt_ids) - 1
         tokens += sequence[:-1] + [0] * padding
         targets += sequence[1:] + [0] * padding
@@ -122,11 +126,12 @@ def collate(rows: Sequence[Row], layout: Layout) -> MicroBatch:
             values += [0.0] * silent + list(getattr(row, field)[:used]) + [0.0] * padding
     real_tokens = sum(lengths) - padded
     if not lengths:
-        lengths = [layout.pad_multiple]
-        tokens = targets = [0] * layout.pad_multiple
-        response_ids = [UNTRAINED] * layout.pad_multiple
-        fill = [1] * layout.pad_multiple
-        logprobs = {field: [0.0] * layout.pad_multiple for field in LOGPROBS}
+        size = math.lcm(layout.pad_multiple, layout.pack_multiple)
+        lengths = [size]
+        tokens = targets = [0] * size
+        response_ids = [UNTRAINED] * size
+        fill = [1] * size
+        logprobs = {field: [0.0] * size for field in LOGPROBS}
     groups, device = layout.groups, layout.device
     packed = PackedSequences.of(lengths, device, groups.context_size, groups.context_rank)
     index = packed.index_of(groups.context_rank) if groups.context_size > 1 else None

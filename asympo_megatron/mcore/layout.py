@@ -21,8 +21,9 @@ class Layout:
         groups: what objectives and reductions need; None stands for a group of one.
         rank, world_size: of torch.distributed.
         dp_rank, dp_size: which model replica this rank belongs to, of how many.
-        pad_multiple: packed sequences are padded to a multiple of this (zigzag chunks, sequence parallelism).
+        pad_multiple: packed sequences are padded to a multiple of this (zigzag chunks).
         device: where tensors of this rank live.
+        pack_multiple: a pack is padded at its end to a multiple of this (equal shards under sequence parallelism).
     """
 
     groups: ParallelGroups
@@ -32,6 +33,7 @@ class Layout:
     dp_size: int
     pad_multiple: int
     device: torch.device
+    pack_multiple: int = 1
 
 
 def initialize(config: Config) -> Layout:
@@ -116,15 +118,16 @@ def _layout(config: Config, device: torch.device) -> Layout:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     dp_rank, dp_size = state.get_data_parallel_rank(), state.get_data_parallel_world_size()
     parallel = config.parallel
+    chunks = 2 * parallel.context if parallel.context > 1 else 1
     return Layout(
         groups=megatron_groups(),
         rank=rank,
         world_size=world_size,
         dp_rank=dp_rank,
         dp_size=dp_size,
-        pad_multiple=(2 * parallel.context if parallel.context > 1 else 1)
-        * (parallel.tensor if parallel.sequence else 1),
+        pad_multiple=chunks,
         device=device,
+        pack_multiple=chunks * (parallel.tensor if parallel.sequence else 1),
     )
 
 

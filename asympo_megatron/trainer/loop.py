@@ -78,6 +78,7 @@ class TrainingLoop:
             dp_size=self._layout.dp_size,
             max_tokens=self._config.batch.max_tokens_per_microbatch,
             pad_multiple=self._layout.pad_multiple,
+            pack_multiple=self._layout.pack_multiple,
             cost=attention_cost(self._learner.plan.facts.hidden_size),
         )
         mine = plan.microbatches[self._layout.dp_rank]

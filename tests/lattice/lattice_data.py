@@ -94,5 +94,5 @@ def deal(rows: Sequence[Row], microbatches: int, dp_rank: int, dp_size: int) -> 
 def rectangle(rows: Sequence[Row], layout: Layout) -> Layout:
     """``layout`` with all sequences of ``rows`` padded to one length: rectangles, as without packing."""
     longest = max(len(row.prompt_ids) + len(row.ids) - 1 for row in rows)
-    unit = layout.pad_multiple
+    unit = math.lcm(layout.pad_multiple, layout.pack_multiple)
     return replace(layout, pad_multiple=-(-longest // unit) * unit)

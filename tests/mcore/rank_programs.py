@@ -83,6 +83,7 @@ def microbatches(rows: list[Row], config: Config, layout: Layout) -> list[list[R
         dp_size=layout.dp_size,
         max_tokens=config.batch.max_tokens_per_microbatch,
         pad_multiple=layout.pad_multiple,
+        pack_multiple=layout.pack_multiple,
     )
     return [[rows[i] for i in batch] for batch in plan.microbatches[layout.dp_rank]]
 

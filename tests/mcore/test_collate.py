@@ -58,6 +58,16 @@ def test_padding_carries_no_response() -> None:
     assert batch.real_tokens == 7
 
 
+def test_the_pack_is_padded_at_its_end_only() -> None:
+    """Sequence parallelism wants equal shards of the pack, not of every sequence. The last trained row takes it."""
+    batch = collate([ROWS[0], ROWS[2], ROWS[1]], replace(LAYOUT, pad_multiple=2, pack_multiple=6))
+    assert batch.packed.lengths_S == (6, 6)
+    assert batch.responses.response_ids_T.tolist() == [-1, -1, 0, -1, 0, -1, 1, 1, -1, -1, -1, -1]
+    assert batch.padding.tolist() == [[False] * 5 + [True, False, False, True, True, True, True]]
+    assert batch.real_tokens == 7
+    assert collate([], replace(LAYOUT, pad_multiple=2, pack_multiple=6)).packed.lengths_S == (6,)
+
+
 @pytest.mark.parametrize("rows", [[], [ROWS[1]]], ids=["no rows", "no trained token"])
 def test_dummy_sequence_keeps_collectives_in_step(rows: list[Row]) -> None:
     batch = collate(rows, replace(LAYOUT, pad_multiple=4))

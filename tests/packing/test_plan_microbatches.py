@@ -145,6 +145,15 @@ def test_attention_cost_by_hand():
     assert attention_cost(hidden_size=100)(np.array([0, 1200, 2400])).tolist() == [0, 2400, 7200]
 
 
+def test_a_microbatch_has_room_for_the_padding_at_its_end():
+    """A budget of 22 holds 16 tokens that are padded to a multiple of 8 at the end, in rows padded to 2."""
+    plan = plan_microbatches([5, 5, 5, 5], dp_size=1, max_tokens=22, pad_multiple=2, pack_multiple=8)
+    assert sorted(len(part) for part in plan.microbatches[0]) == [2, 2]
+    assert len(plan_microbatches([5, 5, 5, 5], dp_size=1, max_tokens=24, pad_multiple=2).microbatches[0]) == 1
+    with pytest.raises(PackingError, match=r"response 1 has 17 tokens \(24 padded to a multiple of 8\)"):
+        plan_microbatches([3, 17], dp_size=1, max_tokens=22, pad_multiple=2, pack_multiple=8)
+
+
 def test_fewer_rows_than_ranks_leaves_empty_microbatches():
     plan = plan_microbatches([5, 7], dp_size=4, max_tokens=10)
     check_plan(plan, [5, 7], 4, 10)

@@ -18,7 +18,7 @@ class Samples:
 
 def fetch(responses, dp_rank):
     config = load_config("quickstart", ["batch.max_tokens_per_microbatch=64"])
-    layout = SimpleNamespace(dp_rank=dp_rank, dp_size=DP, pad_multiple=1)
+    layout = SimpleNamespace(dp_rank=dp_rank, dp_size=DP, pad_multiple=1, pack_multiple=1)
     learner = SimpleNamespace(plan=SimpleNamespace(facts=SimpleNamespace(hidden_size=64)))
     loop = TrainingLoop(config, learner, layout, Samples(), None, None, None, None)
     return loop._fetch(protocol.LeaseReply(True, 4, responses))
