@@ -75,7 +75,6 @@ class EngineClient:
     def reset(self) -> None:
         """Nothing running, model A under the label "default"."""
         self.post("/continue_generation")
-        self.post("/resume_memory_occupation")
         self.post("/abort_request", {"rid": "", "abort_all": True})
         self.call("/end_weight_update", {}, "POST")
         self.update(self.model_a, "default")

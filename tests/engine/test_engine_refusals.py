@@ -63,3 +63,18 @@ def test_bad_control_call_is_refused_with_its_reason(
     status, answer = engine.call(path, body, "POST")
     assert status == 400
     assert words in json.dumps(answer)
+
+
+def test_released_memory_holds_requests_until_it_is_resumed(engine: EngineClient) -> None:
+    running = engine.start(rid="busy", max_new_tokens=400)
+    engine.wait_for(running=1)
+    status, answer = engine.call("/release_memory_occupation", {}, "POST")
+    assert status == 400
+    assert "idle engine" in answer["error"]["message"]
+    engine.post("/abort_request", {"rid": "busy"})
+    running.result(30)
+    engine.post("/release_memory_occupation")
+    held = engine.start(max_new_tokens=2)
+    engine.wait_for(waiting=1)
+    engine.post("/resume_memory_occupation")
+    assert held.result(30)["meta_info"]["completion_tokens"] == 2

@@ -183,21 +183,6 @@ def test_relabel_while_running_starts_a_span(engine: EngineClient) -> None:
     assert spans[0]["end"] == spans[1]["start"] > 0
 
 
-def test_released_memory_holds_requests_until_it_is_resumed(engine: EngineClient) -> None:
-    running = engine.start(rid="busy", max_new_tokens=LONG)
-    engine.wait_for(running=1)
-    status, answer = engine.call("/release_memory_occupation", {}, "POST")
-    assert status == 400
-    assert "idle engine" in answer["error"]["message"]
-    engine.post("/abort_request", {"rid": "busy"})
-    running.result(30)
-    engine.post("/release_memory_occupation")
-    held = engine.start(max_new_tokens=2)
-    engine.wait_for(waiting=1)
-    engine.post("/resume_memory_occupation")
-    assert held.result(30)["meta_info"]["completion_tokens"] == 2
-
-
 def damaged_copies(models: dict[str, Path], root: Path) -> dict[str, tuple[Path, str]]:
     """Directories that must not be loaded, and the words that say why."""
     weights = load_file(models["qwen3_b"] / "model.safetensors")

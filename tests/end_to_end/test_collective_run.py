@@ -1,0 +1,55 @@
+"""`asympo run` with weights broadcast from the trainer's memory to two embedded engines; resumed under new versions."""
+
+import sqlite3
+
+import pytest
+import yaml
+from command_bench import Bench
+
+from asympo_megatron.config import RunDir
+
+
+@pytest.fixture(scope="module")
+def bench(materials, tmp_path_factory):
+    path = tmp_path_factory.mktemp("collective")
+    config = path / "spell.yaml"
+    config.write_text(
+        yaml.safe_dump(
+            {
+                "run": {"steps": 3},
+                "model": {"path": str(materials / "model"), "init": "hf"},
+                "optimizer": {"lr": 1e-3},
+                "batch": {"groups_per_step": 4, "group_size": 4, "max_tokens_per_microbatch": 512},
+                "rollout": {
+                    "num_engines": 2,
+                    "max_lag_steps": 2,
+                    "sampling": {"max_prompt_tokens": 64, "max_new_tokens": 6},
+                    "eval": {"interval_steps": 1, "prompts": 4},
+                },
+                "task": {"size": 2000, "template": "plain", "options": {"min_word_len": 3, "max_word_len": 3}},
+                "sync": {"transport": "collective", "bucket_bytes": 20_000},
+                "checkpoint": {"interval_steps": 2},
+            }
+        )
+    )
+    bench = Bench(path, config)
+    yield bench
+    bench.stop()
+
+
+@pytest.mark.slow
+def test_run_and_resume_without_a_weight_file(bench):
+    bench.run("run", str(bench.config), "run.name=memory")
+    bench.run("run", str(bench.config), "run.name=memory", "run.steps=5")
+    run_dir = RunDir(bench.path / "runs" / "memory")
+    rows = bench.rows("memory")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
+    assert [row["incarnation"] for row in rows] == [1, 1, 1, 2, 2]
+    assert not run_dir.weights.exists()
+    with sqlite3.connect(run_dir.journal) as journal:
+        versions = journal.execute("SELECT version, step, incarnation, path FROM versions ORDER BY version").fetchall()
+        evaluated = [step for (step,) in journal.execute("SELECT DISTINCT step FROM evaluations ORDER BY step")]
+    assert all(path.startswith("collective://127.0.0.1:") for *_, path in versions)
+    # the weights of step 3 went with the first trainer: the second one publishes them again
+    assert [(step, incarnation) for _, step, incarnation, _ in versions if step == 3] == [(3, 1), (3, 2)]
+    assert evaluated == [0, 1, 2, 3, 4, 5]

@@ -1,0 +1,166 @@
+"""`asympo run` on real SGLang servers: weights by disk and by broadcast, in flight; a server killed in mid-sync."""
+
+import contextlib
+import json
+import os
+import signal
+import sqlite3
+import sys
+import urllib.request
+from pathlib import Path
+
+import msgspec
+import psutil
+import pytest
+import yaml
+from engine_client import PROMPT, EngineClient
+from safetensors.torch import load_file
+
+from asympo_megatron.config import RunDir
+from asympo_megatron.launch.ports import free_port
+from asympo_megatron.rollout.rows import StoredGroup
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "end_to_end"))  # the runner of whole commands
+
+from command_bench import Bench
+
+STEPS = 6
+LONGEST = 300
+
+
+@pytest.fixture(scope="module")
+def bench(models, tmp_path_factory):
+    """Two groups of two long responses a step, at most four steps behind: weights change while they run."""
+    path = tmp_path_factory.mktemp("run")
+    config = path / "long.yaml"
+    config.write_text(
+        yaml.safe_dump(
+            {
+                "run": {"steps": STEPS},
+                "model": {"path": str(models["qwen3"]), "init": "hf"},
+                "optimizer": {"lr": 1e-3},
+                "batch": {"groups_per_step": 2, "group_size": 2, "max_tokens_per_microbatch": 1024},
+                "rollout": {
+                    "engine": "sglang",
+                    "max_lag_steps": 4,
+                    "engine_timeout_s": 20,
+                    "sampling": {"max_prompt_tokens": 64, "max_new_tokens": LONGEST},
+                },
+                "task": {
+                    "name": "spell_backward",
+                    "size": 2000,
+                    "template": "plain",
+                    "options": {"min_word_len": 3, "max_word_len": 3},
+                },
+                "checkpoint": {"interval_steps": 0},
+            }
+        )
+    )
+    bench = Bench(path, config)
+    yield bench
+    bench.stop()
+
+
+def clients(server_urls, models) -> list[EngineClient]:
+    return [EngineClient(url, models["qwen3"], models["qwen3_b"]) for url in server_urls]
+
+
+def digest(client: EngineClient) -> dict[str, str]:
+    return client.post("/weights_checker", {"action": "checksum"})["ranks"][0]["checksums"]
+
+
+def trained_responses(bench, name):
+    with sqlite3.connect(RunDir(bench.path / "runs" / name).journal) as journal:
+        rows = journal.execute("SELECT payload FROM groups WHERE lease_step IS NOT NULL AND payload IS NOT NULL")
+        stored = [msgspec.msgpack.decode(payload, type=StoredGroup) for (payload,) in rows]
+    return [response for one in stored for response in one.group.responses]
+
+
+@pytest.mark.parametrize("transport", ["disk", "collective"])
+def test_run_trains_responses_that_span_versions(bench, server_urls, models, transport):
+    servers = clients(server_urls, models)
+    for server in servers:
+        server.reset()
+    before, sampled_before = digest(servers[0]), servers[0].generate(max_new_tokens=30)["output_ids"]
+    urls = f"rollout.engine_urls=[{','.join(server_urls)}]"
+    bench.run("run", str(bench.config), f"run.name={transport}", f"sync.transport={transport}", urls, timeout_s=500)
+
+    rows = bench.rows(transport)
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    assert len({row["train/weights_checksum"] for row in rows}) == STEPS
+    versions = [len({span.version for span in response.versions}) for response in trained_responses(bench, transport)]
+    assert max(versions) >= 3, versions
+
+    # what the engines hold at the end is what the trainer published last, tensor by tensor
+    labels = {server.call("/model_info")[1]["weight_version"] for server in servers}
+    assert len(labels) == 1
+    assert digest(servers[0]) == digest(servers[1]) != before
+    assert servers[0].generate(PROMPT, max_new_tokens=30)["output_ids"] != sampled_before
+    if transport == "disk":
+        newest = max((bench.path / "runs" / transport / "weights").iterdir())
+        got = digest(servers[0])
+        assert labels == {str(int(newest.name[1:]))}
+        servers[1].update(newest, "again")
+        assert digest(servers[1]) == got
+        assert load_file(newest / "model.safetensors")
+
+
+def test_asympo_run_starts_its_own_servers(bench):
+    """The whole of `asympo run`: it boots the server, waits for it, and leaves no process behind."""
+    process = bench.start("run", str(bench.config), "run.name=own", "run.steps=2")
+    output, _ = process.communicate(timeout=580)
+    assert process.returncode == 0, output[-3000:]
+    assert len(bench.rows("own")) == 2
+    log = (bench.path / "runs" / "own" / "logs" / "engine0.log").read_text(errors="replace")
+    assert "The server is fired up" in log
+    assert not [p for p in psutil.process_iter(["cmdline"]) if "own/model" in " ".join(p.info["cmdline"] or [])]
+
+
+def test_a_server_killed_in_mid_sync_delays_nobody(bench, server_urls, models):
+    """Last in the suite: the second server dies while it receives buckets; the run ends on the first one."""
+    first, second = clients(server_urls, models)
+    first.reset()
+    second.reset()
+    port = free_port()
+    process = bench.start(
+        *("run", str(bench.config), "run.name=killed", "sync.transport=collective", "sync.bucket_bytes=20000"),
+        *(f"rollout.engine_urls=[{','.join(server_urls)}]", f"rollout.controller_port={port}"),
+    )
+    victim = server_process(server_urls[1])
+    await_second_sync(process, port, server_urls[1])
+    for one in [*victim.children(recursive=True), victim]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.send_signal(signal.SIGKILL)
+    output, _ = process.communicate(timeout=500)
+    assert process.returncode == 0, output[-3000:]
+    rows = bench.rows("killed")
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    log = (bench.path / "runs" / "killed" / "logs" / "controller.log").read_text()
+    assert f"engine {server_urls[1]} is quarantined" in log
+    assert f"engine {server_urls[0]} is quarantined" not in log
+    assert first.call("/model_info")[1]["weight_version"] != "default"
+
+
+def server_process(url: str) -> psutil.Process:
+    port = url.rpartition(":")[2]
+    for process in psutil.process_iter(["cmdline"]):
+        line = process.info["cmdline"] or []
+        if "sglang.launch_server" in line and port in line and process.pid != os.getpid():
+            return process
+    raise AssertionError(f"no server listens on {url}")
+
+
+def await_second_sync(process, port: int, url: str) -> None:
+    """Return while the engine receives a version after its first one."""
+    served = False
+    while process.poll() is None:
+        with (
+            contextlib.suppress(OSError),
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/status", timeout=5) as answer,
+        ):
+            engines = {engine["url"]: engine for engine in json.loads(answer.read())["engines"]}
+            state = engines.get(url, {}).get("state")
+            served = served or state == "serving"
+            if served and state == "syncing":
+                return
+    raise AssertionError(process.communicate()[0][-3000:])
