@@ -164,6 +164,7 @@ def _check_layouts(world_size: int, layouts: dict[str, Any], make_hf: MakeHF, tm
         assert all(torch.equal(got[key], wanted[key]) for key in wanted), name
 
 
+@pytest.mark.slow
 def test_two_ranks_load_and_export_the_same_bits(make_hf: MakeHF, tmp_path: Path) -> None:
     _check_layouts(2, TWO_RANKS, make_hf, tmp_path)
 

@@ -27,13 +27,13 @@ def _parallel(coefficient: float, distributed: bool = False, **sizes: Any) -> di
 TENSOR = {"tensor": 2, "sequence": True}
 
 TWO_RANKS = {
-    "expert-no-loss": _parallel(0.0, expert=2),
     "expert": _parallel(COEFFICIENT, expert=2),
-    "expert-context": _parallel(COEFFICIENT, expert=2, context=2),
     "expert-whole-matrices-tensor": _parallel(COEFFICIENT, expert=2, expert_tensor=1, **TENSOR),
 }
 MUTANTS = ("Megatron's own scale", "padding counted", "tokens of this rank only")
 SLOW_TWO_RANKS = {
+    "expert-no-loss": _parallel(0.0, expert=2),
+    "expert-context": _parallel(COEFFICIENT, expert=2, context=2),
     "data": _parallel(COEFFICIENT),
     "context": _parallel(COEFFICIENT, context=2),
     "pipeline": _parallel(COEFFICIENT, pipeline=2),
