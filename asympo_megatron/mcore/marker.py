@@ -11,7 +11,7 @@ from asympo_megatron.errors import CheckpointError
 from asympo_megatron.mcore.hf_config import ModelFacts
 
 MARKER = "complete"
-FORMAT = 1
+FORMAT = 2
 
 
 def make_marker(
