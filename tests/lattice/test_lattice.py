@@ -22,15 +22,16 @@ GRADIENT_GOAL = 2e-5
 FIGURE_GOAL = 2e-5
 
 _TWO = [layout for layout, shape in LAYOUTS.items() if shape.ranks == 2]
-FAST = {
+FAST = (
     *(Cell(name, MICROBATCHES[i % 3], PACKINGS[i % 2], "asympo") for i, name in enumerate(_TWO)),
-    *(cell for cell in covering() if cell.layout in ("TP2", "PP2") and cell.model == "qwen2-untied"),
-}
-SLOW = [pytest.mark.slow, pytest.mark.timeout(1200)]
+    *(Cell(name, 2, "packed", "reinforce", "qwen2-untied") for name in ("TP2+SP", "PP2")),
+)
+CELLS = dict.fromkeys([*FAST, *all_cells()])
+SLOW = [pytest.mark.slow, pytest.mark.timeout(2400)]
 
 
 @pytest.mark.parametrize(
-    "cell", [pytest.param(cell, id=str(cell), marks=[] if cell in FAST else SLOW) for cell in all_cells()]
+    "cell", [pytest.param(cell, id=str(cell), marks=[] if cell in FAST else SLOW) for cell in CELLS]
 )
 def test_cell_reproduces_one_rank(lattice: Any, cell: Cell) -> None:
     outcome = lattice[cell]
