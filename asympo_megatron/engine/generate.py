@@ -133,7 +133,7 @@ def _check_prompt(engine: Engine, ids: list[int], params: SamplingParams) -> int
         return max(min(DEFAULT_NEW_TOKENS, room - 1), 1)
     if wanted is None:
         return max(room - 1, 1)
-    if wanted >= room:
+    if wanted > room:
         raise BadRequest(
             f"Requested token count exceeds the model's maximum context length of {context} tokens: {size} tokens "
             f"from the input and {wanted} for the completion. Lower max_new_tokens."

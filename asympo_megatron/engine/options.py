@@ -19,7 +19,7 @@ class EngineOptions:
         load_format: auto (safetensors of ``model_path``) | dummy (random weights from its config.json alone).
         api_key: every call but ``/health*`` must then carry ``Authorization: Bearer KEY``.
         max_running_requests: rows decoded together; more wait.
-        context_length: prompt plus new tokens of a request stay below it, as on a real server; None takes the model's.
+        context_length: prompt plus new tokens of a request do not exceed it; None takes the model's.
         dtype: auto (the model's own) | fp32 | bf16.
         seed: of dummy weights and of requests without a ``sampling_seed``.
         threads: of torch on the model thread; None leaves torch's choice.

@@ -23,7 +23,7 @@ class ServerOptions:
     Args:
         model_dir: Hugging Face directory.
         host, port: where it listens.
-        context_length: a request whose prompt and new tokens reach it is refused.
+        context_length: a request whose prompt and new tokens exceed it is refused.
         dtype: float32 | bfloat16. SGLang's own choice for a float32 model would be float16.
         load_format: auto | dummy (random weights from config.json alone).
         key_file: YAML file with the API key; None for a server without one.

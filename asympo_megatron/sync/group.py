@@ -6,6 +6,7 @@ The same keys are used here, on a store of our own: the rendezvous of torch woul
 
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,7 +21,8 @@ class WeightGroup:
     """One joined group. Nothing of it is registered with torch.distributed: it ends when it is dropped."""
 
     backend: str
-    group: dist.ProcessGroupGloo
+    group: Any
+    """ProcessGroupGloo or ProcessGroupNCCL; the stubs of torch do not describe them."""
 
     @property
     def device(self) -> torch.device:
@@ -72,19 +74,9 @@ def join_group(
     """
     keys = dist.PrefixStore(f"{BACKENDS[backend]}/", dist.PrefixStore(f"{name}/", dist.PrefixStore(name, store)))
     deadline = timedelta(seconds=timeout_s)
-    if backend == "gloo":
-        options = dist.ProcessGroupGloo._Options()
-        options._timeout = deadline
-        options._devices = [_gloo_device(host)]
-        return WeightGroup(backend, dist.ProcessGroupGloo(keys, rank, world_size, options))
-    from torch.distributed import ProcessGroupNCCL
-
-    options = ProcessGroupNCCL.Options()
+    kind: Any = dist.ProcessGroupGloo if backend == "gloo" else dist.ProcessGroupNCCL
+    options = kind._Options() if backend == "gloo" else kind.Options()
     options._timeout = deadline
-    return WeightGroup(backend, ProcessGroupNCCL(keys, rank, world_size, options))
-
-
-def _gloo_device(host: str | None) -> object:
-    if host is not None:
-        return dist.ProcessGroupGloo.create_device(hostname=host)
-    return dist.ProcessGroupGloo.create_default_device()
+    if backend == "gloo":
+        options._devices = [kind.create_default_device() if host is None else kind.create_device(hostname=host)]
+    return WeightGroup(backend, kind(keys, rank, world_size, options))

@@ -96,7 +96,7 @@ def test_finish_reasons_match_the_recording(engine: EngineClient) -> None:
         b'{"input_ids": [5], "sampling_params": {"top_p": 0}}',
         b'{"input_ids": [5], "sampling_params": {"top_k": 0}}',
         b'{"input_ids": [5], "sampling_params": {"min_p": 2}}',
-        b'{"input_ids": [5], "sampling_params": {"max_new_tokens": 1023}}',
+        b'{"input_ids": [5], "sampling_params": {"max_new_tokens": 1024}}',
         b'{"input_ids": [5], "sampling_params": {"max_new_tokens": 2, "min_new_tokens": 3}}',
         b'{"input_ids": [5], "sampling_params": {"presence_penalty": 3}}',
     ],

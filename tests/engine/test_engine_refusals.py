@@ -1,4 +1,4 @@
-"""Requests that the embedded engine refuses, and its reasons. Some of these kill a real server: it never sees them."""
+"""What holds for the embedded engine alone: its words, and requests that a real server dies of or cannot be asked."""
 
 import json
 from typing import Any
@@ -29,7 +29,7 @@ from engine_client import EngineClient
         (b'{"input_ids": [5], "sampling_params": {"min_p": 2}}', "min_p must be in [0, 1], got 2"),
         (b'{"input_ids": [5], "sampling_params": {"n": 0}}', "n must be at least 1"),
         (b'{"input_ids": [5], "sampling_params": {"max_new_tokens": 0}}', "max_new_tokens must be at least 1"),
-        (b'{"input_ids": [5], "sampling_params": {"max_new_tokens": 1023}}', "Lower max_new_tokens"),
+        (b'{"input_ids": [5], "sampling_params": {"max_new_tokens": 1024}}', "Lower max_new_tokens"),
         (b'{"input_ids": [5], "sampling_params": {"max_new_tokens": 2, "min_new_tokens": 3}}', "min_new_tokens must"),
         (b'{"input_ids": [5], "sampling_params": {"repetition_penalty": 0}}', "repetition_penalty must"),
         (b'{"input_ids": [5], "sampling_params": {"presence_penalty": 3}}', "presence_penalty must"),
@@ -78,3 +78,14 @@ def test_released_memory_holds_requests_until_it_is_resumed(engine: EngineClient
     engine.wait_for(waiting=1)
     engine.post("/resume_memory_occupation")
     assert held.result(30)["meta_info"]["completion_tokens"] == 2
+
+
+def test_abort_reaches_held_requests(engine: EngineClient) -> None:
+    with engine.paused("in_place"):
+        held = engine.start(rid="held", max_new_tokens=4)
+        engine.wait_for(waiting=1)
+        engine.post("/abort_request", {"rid": "held"})
+        answer = held.result(30)
+    assert answer["output_ids"] == []
+    assert answer["meta_info"]["finish_reason"]["type"] == "abort"
+    assert answer["meta_info"]["weight_versions"] == []
