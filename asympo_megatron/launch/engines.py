@@ -88,7 +88,7 @@ def _number(arguments: Sequence[str], names: tuple[str, ...], default: int) -> i
 
 
 def context_length(config: Config) -> int:
-    """What an engine must be able to hold; a server refuses prompt + max_new_tokens that reach its context length."""
+    """What an engine must be able to hold; with one token to spare."""
     sampling = config.rollout.sampling
     return sampling.max_prompt_tokens + sampling.max_new_tokens + 1
 
