@@ -12,6 +12,8 @@ from checkout import require_call, require_parameters, upstream
 from parity import CASES, ParityBatch, make_batch
 from torch import Tensor
 
+from asympo_megatron.objectives import build_objective
+
 PARTS = ([0, 5, 3, 7], [1, 2, 4, 6, 8, 9, 10, 11])
 """Rows of the two micro-batches; one of them holds the response without trained tokens."""
 
@@ -46,13 +48,13 @@ def _over_parts(loss_of: Callable[[ParityBatch, Tensor], Tensor]) -> Tensor:
 
 def nemo_rl(objective: str) -> Tensor:
     """Through ``prepare_loss_input`` and ``wrap_loss_fn_with_input_preparation``, as their workers do."""
-    from asympo_megatron.integrations.nemo_rl import ASymPOLoss
-
     wrap = upstream("nemo_rl.algorithms.loss.wrapper", "wrap_loss_fn_with_input_preparation")
     prepare = upstream("nemo_rl.algorithms.loss.utils", "prepare_loss_input")
     protocol = upstream("nemo_rl.algorithms.loss.interfaces", "LossFunction")
     require_parameters(protocol.__call__, ["data", "global_valid_seqs", "global_valid_toks"])
     data_dict = upstream("nemo_rl.distributed.batched_data_dict", "BatchedDataDict")
+    from asympo_megatron.integrations.nemo_rl import ASymPOLoss  # only now: a missing package is named above
+
     loss = ASymPOLoss(objective, **CASES[objective])
 
     def loss_of(part: ParityBatch, logits_PV: Tensor) -> Tensor:
@@ -116,11 +118,10 @@ def prime_rl(objective: str) -> Tensor:
 
 def roll(objective: str) -> Tensor:
     """``ASymPOWorker.loss_func`` as a subclass of ROLL's worker, with a strategy that scores logits on one rank."""
-    from asympo_megatron.integrations.roll import ASymPOWorker
-    from asympo_megatron.objectives import build_objective
-
     parent = upstream("roll.pipeline.rlvr.actor_pg_worker", "ActorPGWorker")
     require_call(parent.loss_func, ["self", "data", "output_tensor"])
+    from asympo_megatron.integrations.roll import ASymPOWorker
+
     worker = object.__new__(
         type("Worker", (ASymPOWorker,), {"objective": build_objective(objective, **CASES[objective])})
     )

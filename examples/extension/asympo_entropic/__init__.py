@@ -1,0 +1,1 @@
+"""An example of an objective in a package of its own."""
