@@ -145,19 +145,17 @@ class Scheduler:
         if update is None or (running and not self.paused):
             return
         self._update = None
-        if running and update.flush_cache:
-            update.done(
-                EngineError(
-                    f"Cache flush failed: {running} requests are paused in place and keep their cache. "
-                    "Set flush_cache to false, or pause with mode retract or abort. Weights are unchanged."
-                )
-            )
-            return
         replace_weights(self._model, update.weights)
         self.model_path = update.path
         if update.version is not None:
             self.relabel(update.version)
-        update.done(None)
+        refused = None
+        if running and update.flush_cache:  # the real server's words, and its order: the weights have changed
+            refused = EngineError(
+                "Weights were updated, but the cache was not flushed because requests are still running or queued. "
+                "Retract or finish them, then call /flush_cache."
+            )
+        update.done(refused)
 
     def _admit(self) -> None:
         room = self._max_running - len(self.batch.rows)

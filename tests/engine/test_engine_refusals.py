@@ -1,10 +1,16 @@
 """What holds for the embedded engine alone: its words, and requests that a real server dies of or cannot be asked."""
 
 import json
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from engine_client import EngineClient
+from safetensors.torch import load_file, save_file
+
+from asympo_megatron.sync import write_version
 
 
 @pytest.mark.parametrize(
@@ -89,3 +95,51 @@ def test_abort_reaches_held_requests(engine: EngineClient) -> None:
     assert answer["output_ids"] == []
     assert answer["meta_info"]["finish_reason"]["type"] == "abort"
     assert answer["meta_info"]["weight_versions"] == []
+
+
+def damaged_copies(models: dict[str, Path], root: Path) -> dict[str, tuple[Path, str]]:
+    """Directories that must not be loaded, and the words that say why."""
+    weights = load_file(models["qwen3_b"] / "model.safetensors")
+    published = write_version(root / "published", 1, 1, weights.items(), "x", models["qwen3_b"])
+    file = published / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+    cut = root / "cut"
+    shutil.copytree(models["qwen3_b"], cut)
+    (cut / "model.safetensors").write_bytes((models["qwen3_b"] / "model.safetensors").read_bytes()[:-1000])
+
+    lacking = root / "lacking"
+    shutil.copytree(models["qwen3_b"], lacking)
+    save_file({k: v for k, v in weights.items() if "o_proj" not in k}, lacking / "model.safetensors", {"format": "pt"})
+
+    wider = root / "wider"
+    shutil.copytree(models["qwen3_b"], wider)
+    shape = torch.zeros(321, 64)
+    save_file(weights | {"lm_head.weight": shape}, wider / "model.safetensors", {"format": "pt"})
+
+    empty = root / "empty"
+    empty.mkdir()
+    return {
+        "bit flip": (published, "sha256"),
+        "truncated": (cut, "Failed to load weights"),
+        "tensor missing": (lacking, "o_proj"),
+        "other shape": (wider, "lm_head.weight"),
+        "no file": (empty, "no safetensors file"),
+        "nothing": (root / "nothing", "not a directory"),
+    }
+
+
+def test_failed_update_changes_nothing(engine: EngineClient, models: dict[str, Path], tmp_path: Path) -> None:
+    before = engine.generate(max_new_tokens=20)["output_ids"]
+    checksum = engine.post("/weights_checker", {"action": "checksum"})["per_engine_checksum"]
+    for name, (path, words) in damaged_copies(models, tmp_path).items():
+        body = {"model_path": str(path), "weight_version": "broken"}
+        status, answer = engine.call("/update_weights_from_disk", body, "POST")
+        assert (status, answer["success"], answer["num_paused_requests"]) == (400, False, 0), name
+        assert words in answer["message"], (name, answer)
+    assert engine.call("/model_info")[1]["weight_version"] == "default"
+    assert engine.call("/model_info")[1]["model_path"] == str(engine.model_a)
+    assert engine.post("/weights_checker", {"action": "checksum"})["per_engine_checksum"] == checksum
+    assert engine.generate(max_new_tokens=20)["output_ids"] == before

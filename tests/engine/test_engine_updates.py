@@ -1,17 +1,18 @@
 """Pauses, aborts and weight updates while requests run; every recorded state of the real server is brought about."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from engine_client import PROMPT, EngineClient, assert_like, generate_body, logprobs, recording
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from asympo_megatron.sync import verify_version, write_version
 
 LONG = 400
 """Tokens enough to still be running when the test thread gets to its next call."""
+LONGER = 900
+"""The same for a call that must come before the end, whatever else the machine does."""
 
 
 def recorded_pause(name: str) -> list[Any]:
@@ -88,7 +89,7 @@ def test_in_place_continues_on_the_old_cache(engine: EngineClient, references: d
         body = {"model_path": str(engine.model_b), "weight_version": "v-in_place", "flush_cache": True}
         status, refused = engine.call("/update_weights_from_disk", body, "POST")
         assert (status, refused["success"]) == (400, False)
-        assert "Cache flush failed" in refused["message"]
+        assert "the cache was not flushed" in refused["message"]
         engine.update(engine.model_b, "v-in_place", flush_cache=False)
     answers = [future.result(60) for future in running]
     check_pause_record("pause_in_place", [*answers, late.result(30)])
@@ -122,26 +123,26 @@ def test_update_without_pause_waits_for_running_requests_and_holds_new_ones(engi
 
 def test_abort_matches_by_prefix(engine: EngineClient) -> None:
     rids = ["run.1.g1.", "run.1.g10.", "run.1.g2.", "other"]
-    running = {rid: engine.start(rid=rid, max_new_tokens=LONG) for rid in rids}
+    running = {rid: engine.start(rid=rid, max_new_tokens=LONGER) for rid in rids}
     engine.wait_for(running=4)
     assert engine.call("/abort_request", {"rid": "run.1.g1"}, "POST") == (200, "")
     for rid in rids[:2]:
         meta = running[rid].result(30)["meta_info"]
         assert meta["finish_reason"] == {"type": "abort", "message": "Aborted", "status_code": None, "err_type": None}
-        assert 0 < meta["completion_tokens"] < LONG
+        assert 0 < meta["completion_tokens"] < LONGER
     for rid in rids[2:]:
-        assert running[rid].result(60)["meta_info"]["completion_tokens"] == LONG
+        assert running[rid].result(60)["meta_info"]["completion_tokens"] == LONGER
 
 
 def test_an_empty_rid_aborts_everything(engine: EngineClient) -> None:
-    running = [engine.start(rid=rid, max_new_tokens=LONG) for rid in ("a", "b")]
+    running = [engine.start(rid=rid, max_new_tokens=LONGER) for rid in ("a", "b")]
     engine.wait_for(running=2)
     engine.post("/abort_request", {"rid": ""})
     assert [future.result(30)["meta_info"]["finish_reason"]["type"] for future in running] == ["abort", "abort"]
 
 
 def test_a_rid_in_use_is_refused(engine: EngineClient) -> None:
-    running = engine.start(rid="twice", max_new_tokens=LONG)
+    running = engine.start(rid="twice", max_new_tokens=LONGER)
     engine.wait_for(running=1)
     status, answer = engine.call("/generate", generate_body(PROMPT, "twice", max_new_tokens=1), "POST")
     assert status == 400
@@ -167,54 +168,6 @@ def test_relabel_while_running_starts_a_span(engine: EngineClient) -> None:
     spans = running.result(60)["meta_info"]["weight_versions"]
     assert [span["version"] for span in spans] == ["default", "seven"]
     assert spans[0]["end"] == spans[1]["start"] > 0
-
-
-def damaged_copies(models: dict[str, Path], root: Path) -> dict[str, tuple[Path, str]]:
-    """Directories that must not be loaded, and the words that say why."""
-    weights = load_file(models["qwen3_b"] / "model.safetensors")
-    published = write_version(root / "published", 1, 1, weights.items(), "x", models["qwen3_b"])
-    file = published / "model.safetensors"
-    data = bytearray(file.read_bytes())
-    data[len(data) // 2] ^= 1
-    file.write_bytes(data)
-
-    cut = root / "cut"
-    shutil.copytree(models["qwen3_b"], cut)
-    (cut / "model.safetensors").write_bytes((models["qwen3_b"] / "model.safetensors").read_bytes()[:-1000])
-
-    lacking = root / "lacking"
-    shutil.copytree(models["qwen3_b"], lacking)
-    save_file({k: v for k, v in weights.items() if "o_proj" not in k}, lacking / "model.safetensors", {"format": "pt"})
-
-    wider = root / "wider"
-    shutil.copytree(models["qwen3_b"], wider)
-    shape = torch.zeros(321, 64)
-    save_file(weights | {"lm_head.weight": shape}, wider / "model.safetensors", {"format": "pt"})
-
-    empty = root / "empty"
-    empty.mkdir()
-    return {
-        "bit flip": (published, "sha256"),
-        "truncated": (cut, "Failed to load weights"),
-        "tensor missing": (lacking, "o_proj"),
-        "other shape": (wider, "lm_head.weight"),
-        "no file": (empty, "no safetensors file"),
-        "nothing": (root / "nothing", "not a directory"),
-    }
-
-
-def test_failed_update_changes_nothing(engine: EngineClient, models: dict[str, Path], tmp_path: Path) -> None:
-    before = engine.generate(max_new_tokens=20)["output_ids"]
-    checksum = engine.post("/weights_checker", {"action": "checksum"})["per_engine_checksum"]
-    for name, (path, words) in damaged_copies(models, tmp_path).items():
-        body = {"model_path": str(path), "weight_version": "broken"}
-        status, answer = engine.call("/update_weights_from_disk", body, "POST")
-        assert (status, answer["success"], answer["num_paused_requests"]) == (400, False, 0), name
-        assert words in answer["message"], (name, answer)
-    assert engine.call("/model_info")[1]["weight_version"] == "default"
-    assert engine.call("/model_info")[1]["model_path"] == str(engine.model_a)
-    assert engine.post("/weights_checker", {"action": "checksum"})["per_engine_checksum"] == checksum
-    assert engine.generate(max_new_tokens=20)["output_ids"] == before
 
 
 def test_published_version_is_served(
