@@ -6,9 +6,10 @@ import logging
 import os
 import signal
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from asympo_megatron.config import Config, RunDir, load_config
+from asympo_megatron.config import Config, RunDir, load_config, override_config
 
 if TYPE_CHECKING:
     from asympo_megatron.tasks import Scorer, Task
@@ -112,9 +113,20 @@ def doctor(arguments: argparse.Namespace) -> int:
     from asympo_megatron.launch.doctor import describe_machine, describe_run
 
     print(describe_machine())
-    if arguments.config:
+    if arguments.config and Path(arguments.config).is_dir():
+        _describe_model(Path(arguments.config), arguments.overrides)
+    elif arguments.config:
         print(describe_run(_load(arguments)))
     return 0
+
+
+def _describe_model(directory: Path, overrides: list[str]) -> None:
+    from asympo_megatron.conversion import read_config
+    from asympo_megatron.launch.model_report import describe_model
+
+    base = Config()
+    base.model.path = str(directory)
+    print(describe_model(override_config(base, overrides), read_config(directory)))
 
 
 def _load(arguments: argparse.Namespace) -> Config:

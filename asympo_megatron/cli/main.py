@@ -49,8 +49,8 @@ def _parser() -> argparse.ArgumentParser:
         verb = verbs.add_parser(name, help=text, description=text)
         verb.add_argument("run_dir", type=Path, metavar="RUN_DIR")
         verb.set_defaults(command=command)
-    doctor = verbs.add_parser("doctor", help="what is installed, and what a config would run")
-    doctor.add_argument("config", nargs="?", metavar="CONFIG")
+    doctor = verbs.add_parser("doctor", help="what is installed, and what a config or a model would run")
+    doctor.add_argument("config", nargs="?", metavar="CONFIG|MODEL", help="YAML, preset, or a Hugging Face directory")
     doctor.add_argument("overrides", nargs="*", metavar="a.b=c")
     doctor.set_defaults(command=commands.doctor)
     return parser
