@@ -88,6 +88,12 @@ class AsympoPPOActor(PPOActor):
         require_no_behavior_data(objective)
         super().__init__(config, _EngineWithObjective(engine, objective))
 
+    def _compute_advantages(self, data: dict[str, Any]) -> dict[str, Any]:
+        """AReaL carries the reward back from the last position and loses it where that token is untrained."""
+        data = super()._compute_advantages(data)
+        data["advantages"] = data["tot_rewards"].sum(dim=-1, keepdim=True) * data["loss_mask"]
+        return data
+
 
 class AsympoFSDPPPOActor(FSDPPPOActor):
     """AReaL's FSDP engine with :class:`AsympoPPOActor`."""

@@ -29,8 +29,8 @@ def load_adapter(monkeypatch, name, modules):
             setattr(sys.modules[head], tail, sys.modules[path])
     monkeypatch.delitem(sys.modules, f"{package.__name__}.{name}", raising=False)
     adapter = importlib.import_module(f"{package.__name__}.{name}")
-    monkeypatch.delitem(sys.modules, f"{package.__name__}.{name}")
-    monkeypatch.delattr(package, name)
+    # Gone for good, not restored when the test ends: a test of the real package imports its own.
+    del sys.modules[f"{package.__name__}.{name}"], vars(package)[name]
     return adapter
 
 
@@ -146,6 +146,12 @@ def areal_modules():
         def __init__(self, config, engine):
             self.config = config
             self.engine = engine
+
+        def _compute_advantages(self, data):  # no further back than the last trained token
+            reward = data["rewards"][:, None]
+            data["tot_rewards"] = torch.zeros_like(data["loss_mask"]).index_fill(1, torch.tensor([-1]), 1.0) * reward
+            data["advantages"] = data["loss_mask"] * data["loss_mask"][:, -1:] * reward
+            return data
 
         def ppo_update(self, minibatch):
             self.engine.train()

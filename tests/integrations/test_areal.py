@@ -1,7 +1,10 @@
 """AReaL: the recorded contract, and (slow) the real package."""
 
+import sys
+from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -33,6 +36,14 @@ def test_the_gradient_is_the_core_s(areal, name, microbatches):
     assert engine.training, "other calls reach the engine"
     batch = make_batch()
     check_gradient(areal_gradient(loss_fn, weight_fn, batch, microbatches), name, batch)
+
+
+def test_a_response_that_ends_untrained_keeps_its_advantage(areal):
+    """AReaL 1.0.4 gives the second row 0, which upsets the balance of its group."""
+    actor = areal.AsympoFSDPPPOActor(settings(areal)).actor
+    mask = torch.tensor([[0.0, 1.0, 1.0], [1.0, 1.0, 0.0]])
+    data = actor._compute_advantages({"rewards": torch.tensor([0.5, -0.5]), "loss_mask": mask})
+    assert data["advantages"].tolist() == [[0.0, 0.5, 0.5], [-0.5, -0.5, 0.0]]
 
 
 def test_a_weight_by_tokens_would_be_noticed(areal):
@@ -100,9 +111,15 @@ def test_a_changed_or_missing_hook_is_loud(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("areal") is None, reason="areal is not installed: make test-integrations")
 class TestRealAReaL:
+    @pytest.fixture(autouse=True)
+    def no_trackers(self, monkeypatch):
+        """areal imports four experiment trackers when it is imported; none lies on the path of the loss."""
+        for name in ("swanlab", "wandb", "tensorboardX", "trackio"):
+            monkeypatch.setitem(sys.modules, name, MagicMock(__spec__=ModuleSpec(name, None)))
+
     @PARTS
     @pytest.mark.parametrize("name", CASES)
-    def test_the_actor_s_update_reaches_the_core_s_gradient(self, name, microbatches, monkeypatch):
+    def test_the_actor_s_update_reaches_the_core_s_gradient(self, name, microbatches):
         """compute_advantages and ppo_update of the real actor, the loss call path of the real FSDP engine."""
         from areal.api.cli_args import NormConfig
 
