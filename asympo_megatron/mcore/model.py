@@ -90,6 +90,16 @@ class PolicyModel(GPTModel):
             )
             self.output_layer = OutputLayer(self.output_layer, self.config, score)
 
+    def forward(self, *args: Any, padding_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        """As GPTModel's; ``padding_mask`` [1, T] is read by routers of experts only."""
+        if self.config.num_moe_experts is None:
+            padding_mask = None
+        elif padding_mask is not None and self.config.sequence_parallel and not self.pre_process:
+            # GPTModel._preprocess splits the mask over sequence parallelism on the first pipeline stage only
+            group = self.pg_collection.tp
+            padding_mask = padding_mask.chunk(group.size(), dim=1)[group.rank()]
+        return super().forward(*args, padding_mask=padding_mask, **kwargs)
+
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """Score targets [1, T] with the hidden states that :class:`OutputLayer` handed on as ``logits``."""
         tied = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
