@@ -47,10 +47,11 @@ async def generate(request: web.Request) -> web.Response:
 
 
 async def abort_request(request: web.Request) -> web.Response:
-    """Finish every request whose rid starts with the given one; an unknown rid is no error."""
+    """Finish every request whose rid starts with a live one's; any other does nothing, as on a real server."""
     engine = request.app[ENGINE]
     body = await read_json(request, AbortBody)
-    await engine.thread.call(engine.scheduler.abort, body.rid, body.abort_all)
+    if body.abort_all or body.rid in engine.live_rids:
+        await engine.thread.call(engine.scheduler.abort, body.rid, body.abort_all)
     return web.Response(content_type="application/json")
 
 

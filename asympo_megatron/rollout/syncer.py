@@ -204,7 +204,8 @@ class Syncer:
         goes_back = engine.weights is not None and row.step < engine.weights.step
         if fresh or goes_back:
             await client.abort(options.run_prefix)
-        mode = "abort" if fresh else options.pause_mode
+        # A real server ignores an abort by a mere prefix (no request has that very id): the pause must end them.
+        mode = "abort" if fresh or goes_back else options.pause_mode
         label, flush_cache = str(row.version), mode != "in_place"
         if row.in_memory:
             transfer = await options.collective.open(client, row)  # before the pause: meeting takes time

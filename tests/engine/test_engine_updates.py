@@ -122,7 +122,7 @@ def test_update_without_pause_waits_for_running_requests_and_holds_new_ones(engi
 
 
 def test_abort_matches_by_prefix(engine: EngineClient) -> None:
-    rids = ["run.1.g1.", "run.1.g10.", "run.1.g2.", "other"]
+    rids = ["run.1.g1", "run.1.g10", "run.1.g2", "other"]
     running = {rid: engine.start(rid=rid, max_new_tokens=LONGER) for rid in rids}
     engine.wait_for(running=4)
     assert engine.call("/abort_request", {"rid": "run.1.g1"}, "POST") == (200, "")
@@ -134,11 +134,13 @@ def test_abort_matches_by_prefix(engine: EngineClient) -> None:
         assert running[rid].result(60)["meta_info"]["completion_tokens"] == LONGER
 
 
-def test_an_empty_rid_aborts_everything(engine: EngineClient) -> None:
-    running = [engine.start(rid=rid, max_new_tokens=LONGER) for rid in ("a", "b")]
+def test_a_rid_that_no_request_has_aborts_nothing(engine: EngineClient) -> None:
+    """Neither the empty one nor a mere prefix, though an exact rid takes along all that begin with it."""
+    running = [engine.start(rid=rid, max_new_tokens=LONG) for rid in ("run.a", "run.b")]
     engine.wait_for(running=2)
-    engine.post("/abort_request", {"rid": ""})
-    assert [future.result(30)["meta_info"]["finish_reason"]["type"] for future in running] == ["abort", "abort"]
+    for rid in ("", "run."):
+        engine.post("/abort_request", {"rid": rid})
+    assert [future.result(30)["meta_info"]["finish_reason"]["type"] for future in running] == ["length", "length"]
 
 
 def test_a_rid_in_use_is_refused(engine: EngineClient) -> None:
