@@ -28,13 +28,13 @@ REWARD = """def score(prompts, responses, answers, metas):
     return [float(len(set(response)) % 5) for response in responses]
 """
 """An untrained model earns nothing at spelling; these rewards differ within a group, so that weights change."""
-STEPS = 6
-LONGEST = 300
+STEPS = 12
+LONGEST = 600
 
 
 @pytest.fixture(scope="module")
 def bench(models, tmp_path_factory):
-    """Two groups of two long responses a step, at most four steps behind: weights change while they run."""
+    """One group of long responses a step, two groups at a time on an engine: weights change while they run."""
     path = tmp_path_factory.mktemp("run")
     (path / "variety.py").write_text(REWARD)
     config = path / "long.yaml"
@@ -44,10 +44,11 @@ def bench(models, tmp_path_factory):
                 "run": {"steps": STEPS},
                 "model": {"path": str(models["qwen3"]), "init": "hf"},
                 "optimizer": {"lr": 1e-3},
-                "batch": {"groups_per_step": 2, "group_size": 2, "max_tokens_per_microbatch": 1024},
+                "batch": {"groups_per_step": 1, "group_size": 2, "max_tokens_per_microbatch": 1024},
                 "rollout": {
                     "engine": "sglang",
                     "max_lag_steps": 4,
+                    "max_in_flight_per_engine": 4,
                     "engine_timeout_s": 20,
                     "sampling": {"max_prompt_tokens": 64, "max_new_tokens": LONGEST},
                 },
