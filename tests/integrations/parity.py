@@ -165,14 +165,14 @@ def core_gradient(objective: Objective, batch: ParityBatch) -> tuple[float, Tens
     return loss.item(), torch.autograd.grad(loss, leaf_PV)[0]
 
 
-def assert_same_gradient(got_PV: Tensor, want_PV: Tensor, batch: ParityBatch) -> None:
-    """Every response's gradient agrees to ``TOLERANCE`` of its own largest entry; where it is 0, it is exactly 0."""
+def assert_same_gradient(got_PV: Tensor, want_PV: Tensor, batch: ParityBatch, tolerance: float = TOLERANCE) -> None:
+    """Every response's gradient agrees to ``tolerance`` of its own largest entry; where it is 0, it is exactly 0."""
     assert got_PV.shape == want_PV.shape
     assert got_PV.isfinite().all()
     errors = {}
     for row in range(batch.num_responses):
         got, want = got_PV[batch.row_P == row].double(), want_PV[batch.row_P == row].double()
         error = float((got - want).abs().max())
-        if error > TOLERANCE * float(want.abs().max()):
+        if error > tolerance * float(want.abs().max()):
             errors[row] = error / max(float(want.abs().max()), 1e-30)
     assert errors == {}, f"relative error of the gradient by response: {errors}"
