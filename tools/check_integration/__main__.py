@@ -64,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
             except AssertionError as error:
                 failed += 1
                 print(f"  DIFFERENT: {objective}, {layout}: {error}")
-    except (AsympoError, RuntimeError) as error:
+    except (AsympoError, RuntimeError, ImportError) as error:
         print(f"FAILED: {error}", file=sys.stderr)
         return 2
     print("FAILED" if failed else "PASS")
