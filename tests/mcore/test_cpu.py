@@ -2,12 +2,14 @@
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
 from rank_programs import PROGRAM
 
 from asympo_megatron.mcore import cpu
+from asympo_megatron.testing.distributed import run_threads
 from asympo_megatron.testing.megatron import run_ranks
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU backend is inactive where CUDA is")
@@ -32,6 +34,24 @@ def test_literal_devices(installed: None) -> None:
     assert x.type() == "torch.FloatTensor"
     with pytest.raises((AssertionError, RuntimeError)):
         torch.zeros(2, device="cuda")
+
+
+def _unequal(group: Any) -> tuple[list[Any], Any]:
+    """Rank 0 holds one row, rank 1 two."""
+    rank = group.rank()
+    own = torch.arange(3.0 * (rank + 1)).view(-1, 3) + 10 * rank
+    gathered = [torch.empty(1, 3), torch.empty(2, 3)]
+    torch.distributed.all_gather(gathered, own, group=group)
+    share = torch.empty(rank + 1, 3)
+    parts = [torch.full((1, 3), rank + 1.0), torch.full((2, 3), 10.0 * (rank + 1))]
+    torch.distributed.reduce_scatter(share, parts, group=group)
+    return [tensor.tolist() for tensor in gathered], share.tolist()
+
+
+def test_gathers_of_unlike_sizes(installed: None) -> None:
+    """What ranks that share the matrices of an expert exchange."""
+    rows = [[[0.0, 1.0, 2.0]], [[10.0, 11.0, 12.0], [13.0, 14.0, 15.0]]]
+    assert run_threads(_unequal, 2) == [(rows, [[3.0] * 3]), (rows, [[30.0] * 3] * 2)]
 
 
 def test_random_state_is_the_cpu_generators(installed: None) -> None:
