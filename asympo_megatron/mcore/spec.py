@@ -1,6 +1,7 @@
 """The layers a model is made of: Transformer Engine's where it can run, plain PyTorch ones elsewhere."""
 
 import importlib.util
+from functools import partial
 from typing import Any
 
 import torch
@@ -65,5 +66,7 @@ def _local_layer(transformer: Any, moe: bool) -> Any:
 def _balance(spec: Any) -> None:
     """Let a mixture of experts route with :class:`BalancedRouter`; a dense layer stays as it is."""
     mlp = spec.submodules.mlp
-    if isinstance(mlp.submodules, MoESubmodules):
-        mlp.submodules.router = BalancedRouter
+    # 0.16 describes it by a ModuleSpec, 0.19 by a functools.partial of the module
+    submodules = mlp.keywords.get("submodules") if isinstance(mlp, partial) else mlp.submodules
+    if isinstance(submodules, MoESubmodules):
+        submodules.router = BalancedRouter
