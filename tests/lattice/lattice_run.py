@@ -65,17 +65,17 @@ class Lattice:
 
     def __init__(self, folder: Path, selected: Sequence[Cell]) -> None:
         self._folder, self._selected = folder, list(dict.fromkeys(selected))
-        self._failures: dict[int, Exception] = {}
+        self._failures: set[int] = set()
         self.outcomes: dict[Cell, Outcome] = {}
 
     def __getitem__(self, cell: Cell) -> Outcome:
         if cell.ranks in self._failures:
-            raise self._failures[cell.ranks]
+            raise RuntimeError(f"the start of {cell.ranks} ranks failed, as the first cell says.")
         if cell not in self.outcomes:
             same = [other for other in self._selected if other.ranks == cell.ranks]
             try:
                 self.outcomes |= {outcome.cell: outcome for outcome in measure(same, self._folder)}
-            except Exception as error:
-                self._failures[cell.ranks] = error
+            except Exception:
+                self._failures.add(cell.ranks)
                 raise
         return self.outcomes[cell]
