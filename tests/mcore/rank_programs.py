@@ -21,6 +21,9 @@ from asympo_megatron.packing import plan_microbatches
 from asympo_megatron.parallel import ParallelGroups
 from asympo_megatron.testing.megatron import join_group
 
+# isort: split
+from megatron.core.dist_checkpointing import serialization  # asympo_megatron.mcore imports Megatron-Core first
+
 PROGRAM = __file__
 
 VOCAB = 67
@@ -180,8 +183,6 @@ def refusals(_: dict[str, Any]) -> dict[str, str]:
 
 def failing_save(payload: dict[str, Any]) -> str:
     """The first rank alone fails to write the part of a checkpoint that all ranks have in common."""
-    from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy  # 0.16
-
     join_group("failing save")
     _, layout, learner = build({})
 
@@ -189,7 +190,7 @@ def failing_save(payload: dict[str, Any]) -> str:
         raise OSError(errno.EDQUOT, "Disk quota exceeded")
 
     if layout.rank == 0:
-        TorchCommonSaveStrategy.save_common = over_quota
+        serialization.save_config = over_quota
     try:
         learner.save(payload["save"])
     except AsympoError as error:
