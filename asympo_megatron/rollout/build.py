@@ -42,6 +42,7 @@ def build_controller(
     engine_urls: Sequence[str] = (),
     *,
     verify: Callable[[Path], object] | None = None,
+    connect: Callable[[str], EngineClient] | None = None,
     behavior_logprobs: bool | None = None,
     backoff_s: float = 0.5,
 ) -> Controller:
@@ -53,6 +54,7 @@ def build_controller(
         task, scorer: prompts and rewards; None for replay.
         engine_urls: engines to begin with.
         verify: checks a published weight directory; by default its manifest.
+        connect: makes the client of an engine from its url; by default one over HTTP.
         behavior_logprobs: ask engines for log-probs; by default when the objective needs them.
         backoff_s: first pause after an engine failed.
 
@@ -67,7 +69,7 @@ def build_controller(
     directory = Path(config.rollout.journal_dir or run_dir)
     journal = Journal(RunDir(directory).journal, config.run.name, data_hash(config))
     try:
-        return _assemble(config, journal, task, scorer, engine_urls, verify, behavior_logprobs, backoff_s)
+        return _assemble(config, journal, task, scorer, engine_urls, verify, connect, behavior_logprobs, backoff_s)
     except BaseException:
         journal.close()
         raise
@@ -80,6 +82,7 @@ def _assemble(
     scorer: Scorer | None,
     engine_urls: Sequence[str],
     verify: Callable[[Path], object] | None,
+    connect: Callable[[str], EngineClient] | None,
     behavior_logprobs: bool | None,
     backoff_s: float,
 ) -> Controller:
@@ -113,7 +116,7 @@ def _assemble(
         targets,
         _sync_options(config, backoff_s),
         verify or _verify_version,
-        _connector(config),
+        connect or _connector(config),
         bell,
         background,
     )
