@@ -23,6 +23,9 @@ from asympo_megatron.trainer.sources import ControllerSource, LocalSource, Sourc
 
 log = logging.getLogger(__name__)
 
+CONTROLLER_START_S = 120.0
+"""What a controller may need to start, prompts read and journal opened, on a busy machine."""
+
 
 def train(config: Config, signals: StopSignals) -> None:
     """Train ``config`` to ``run.steps``, resuming from the newest complete checkpoint of its run directory.
@@ -111,7 +114,9 @@ def _source(
 ) -> tuple[Source, Publisher | None]:
     rollout = config.rollout
     if rollout.controller_url:
-        client = ControllerClient(rollout.controller_url, rollout.controller_token, rollout.engine_start_timeout_s)
+        # The controller waits as long for its engines: it must be the one to give up first and name the engine.
+        patience_s = rollout.engine_start_timeout_s + CONTROLLER_START_S
+        client = ControllerClient(rollout.controller_url, rollout.controller_token, patience_s)
         publisher = None
         if rollout.source == "engines":
             transport = _transport(config, layout, run_dir, model_dir) if exchange.rank == 0 else None
