@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from asympo_megatron.batch import ObjectiveOutput, ResponseBatch
-    from asympo_megatron.objectives import OBJECTIVES, SPO, ASymPO, build_objective
+    from asympo_megatron.objectives import OBJECTIVES, SPO, ASymPO, build_objective, fused_objective_loss
     from asympo_megatron.parallel import ParallelGroups, token_nll
 
 __version__ = "0.1.0"
@@ -18,6 +18,7 @@ __all__ = [
     "ParallelGroups",
     "ResponseBatch",
     "build_objective",
+    "fused_objective_loss",
     "token_nll",
 ]
 
@@ -30,6 +31,7 @@ _HOME = {
     "ParallelGroups": "parallel",
     "ResponseBatch": "batch",
     "build_objective": "objectives",
+    "fused_objective_loss": "objectives",
     "token_nll": "parallel",
 }
 

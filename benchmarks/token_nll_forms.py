@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from asympo_megatron.parallel import token_nll
+from asympo_megatron import ASymPO, ResponseBatch, fused_objective_loss, token_nll
 
 Form = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -38,40 +38,18 @@ def naive(hidden: Tensor, weight: Tensor, target: Tensor, coefficient: Tensor) -
 
 
 def single_pass(
-    hidden: Tensor, weight: Tensor, target: Tensor, coefficient: Tensor, chunk: int
+    hidden: Tensor, weight: Tensor, target: Tensor, coefficient: Tensor, response: int, chunk: int
 ) -> tuple[Tensor, Tensor]:
-    """What a single pass could reach at best: gradients made while the logits of a chunk exist; three products.
+    """Ours in one pass, the objective included; three products.
 
-    It holds [chunk, V] logits, and a chunk must hold whole responses: the weight of a response is known only after
-    its last token. Here the coefficients are simply given.
+    Gradients of ASymPO's loss on responses of ``response`` tokens instead, whose advantages are ``coefficient`` at
+    their first tokens.
     """
-    grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
-    buffer = hidden.new_empty(chunk, weight.shape[0])
-    for start in range(0, len(hidden), chunk):
-        part = slice(start, min(len(hidden), start + chunk))
-        grad = _chunk_gradient(hidden[part], weight, target[part], coefficient[part], buffer)
-        torch.mm(grad, weight, out=grad_hidden[part])
-        grad_weight.addmm_(grad.t(), hidden[part])
-    return grad_hidden, grad_weight
-
-
-def single_pass_scratch(
-    hidden: Tensor, weight: Tensor, target: Tensor, coefficient: Tensor, chunk: int, response: int
-) -> tuple[Tensor, Tensor]:
-    """The same for responses longer than a chunk: [V, H] scratch, added with the response's weight at its end."""
-    grad_hidden, grad_weight, scratch = torch.empty_like(hidden), torch.zeros_like(weight), torch.empty_like(weight)
-    buffer = hidden.new_empty(chunk, weight.shape[0])
-    ones = torch.ones_like(coefficient)
-    for first in range(0, len(hidden), response):
-        scratch.zero_()
-        for start in range(first, min(len(hidden), first + response), chunk):
-            part = slice(start, min(len(hidden), first + response, start + chunk))
-            grad = _chunk_gradient(hidden[part], weight, target[part], ones[part], buffer)
-            torch.mm(grad, weight, out=grad_hidden[part])
-            scratch.addmm_(grad.t(), hidden[part])
-        of_response = coefficient[first]
-        grad_hidden[first : first + response].mul_(of_response)
-        grad_weight.add_(scratch.mul_(of_response))
+    ids = torch.arange(len(target), device=target.device) // response
+    batch = ResponseBatch(ids, coefficient[::response], torch.bincount(ids))
+    leaves = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
+    out = fused_objective_loss(*leaves, target, batch, ASymPO(), chunk_tokens=chunk)
+    grad_hidden, grad_weight = torch.autograd.grad(out.loss_sum, leaves)
     return grad_hidden, grad_weight
 
 
@@ -87,13 +65,6 @@ def inputs(
     scale = 2.0 / hidden**0.5
     target = torch.randint(0, vocab, (tokens,), generator=generator, device=device)
     return [normal(tokens, hidden).to(dtype), (scale * normal(vocab, hidden)).to(dtype), target, normal(tokens)]
-
-
-def _chunk_gradient(hidden: Tensor, weight: Tensor, target: Tensor, coefficient: Tensor, buffer: Tensor) -> Tensor:
-    logits = torch.mm(hidden, weight.t(), out=buffer[: len(hidden)])
-    exp = logits.sub_(logits.amax(1, keepdim=True)).exp_()
-    grad = exp.mul_((coefficient / exp.sum(1))[:, None])
-    return grad.scatter_add_(1, target[:, None], -coefficient[:, None])
 
 
 def _gradients(

@@ -6,6 +6,7 @@ from asympo_megatron.objectives.base import Normalizer, Objective
 from asympo_megatron.objectives.cispo import CISPO
 from asympo_megatron.objectives.decoupled import MIS, TIS, DecoupledPPO, IcePop
 from asympo_megatron.objectives.diagnostics import ResponseSums, response_metrics
+from asympo_megatron.objectives.fused import fused_objective_loss
 from asympo_megatron.objectives.grpo import DAPO, GRPO, DrGRPO
 from asympo_megatron.objectives.gspo import GSPO
 from asympo_megatron.objectives.kl import KLPenalty, penalize_kl
@@ -45,6 +46,7 @@ __all__ = [
     "Reinforce",
     "ResponseSums",
     "build_objective",
+    "fused_objective_loss",
     "penalize_kl",
     "response_metrics",
 ]

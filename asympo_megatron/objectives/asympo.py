@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from asympo_megatron.batch import ResponseBatch
-from asympo_megatron.objectives.base import Objective, require_number
+from asympo_megatron.objectives.base import Objective, WeightScope, require_number
 from asympo_megatron.objectives.diagnostics import ResponseSums, response_metrics
 from asympo_megatron.parallel import SINGLE, ParallelGroups, Stat, spread_to_tokens, sum_per_response
 
@@ -22,6 +22,7 @@ class ASymPO(Objective):
     """
 
     name: ClassVar[str] = "asympo"
+    weight_scope: ClassVar[WeightScope] = "response"
     nll_floor: float = 1e-3
 
     def __post_init__(self) -> None:

@@ -22,6 +22,11 @@ Normalizer = Literal["responses", "tokens", "constant"]
 objective has already divided every token by a fixed number of tokens."""
 
 
+WeightScope = Literal["token", "response", "mixed"]
+"""Which NLLs the weight of a token depends on: ``token``, at most its own; ``response``, those of its response, and all
+tokens of a response have the same weight; ``mixed``, those of its response, and weights differ within it."""
+
+
 class Objective(ABC):
     """Base of all objectives: frozen dataclasses whose fields are the options.
 
@@ -43,6 +48,15 @@ class Objective(ABC):
     def normalizer(self) -> Normalizer:
         """What Megatron divides the summed loss by."""
         return "responses"
+
+    @property
+    def weight_scope(self) -> WeightScope | None:
+        """Lets :func:`~asympo_megatron.objectives.fused_objective_loss` weigh responses one after the other.
+
+        Beside NLLs a weight may depend on any data of its response and on ``ResponseBatch.statistics``. None: not
+        declared, or it depends on other responses of the micro-batch.
+        """
+        return None
 
     @abstractmethod
     def weigh(
@@ -96,7 +110,7 @@ class Objective(ABC):
         Raises:
             BatchError: token_nll_T does not match the batch, or data that the objective needs is missing.
         """
-        self._check(token_nll_T, batch)
+        self.check(token_nll_T, batch)
         trained_T = batch.response_ids_T >= 0
         with torch.no_grad():
             weight_T, metrics = self.weigh(token_nll_T.detach(), batch, groups)
@@ -114,7 +128,8 @@ class Objective(ABC):
             return batch.token_count_R.sum()
         return batch.token_count_R.new_full((), batch.num_responses)
 
-    def _check(self, token_nll_T: Tensor, batch: ResponseBatch) -> None:
+    def check(self, token_nll_T: Tensor, batch: ResponseBatch) -> None:
+        """Raise what calling the objective would raise."""
         if token_nll_T.shape != batch.response_ids_T.shape:
             raise BatchError(
                 f"token_nll_T has shape {tuple(token_nll_T.shape)} and response_ids_T "

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from asympo_megatron.batch import ResponseBatch
 from asympo_megatron.errors import ConfigError
-from asympo_megatron.objectives.base import Normalizer, require_number
+from asympo_megatron.objectives.base import Normalizer, WeightScope, require_number
 from asympo_megatron.objectives.ratio import OldPolicyObjective, Terms, advantages, ratio_of
 from asympo_megatron.parallel import ParallelGroups
 
@@ -24,6 +24,7 @@ class CISPO(OldPolicyObjective):
     """
 
     name: ClassVar[str] = "cispo"
+    weight_scope: ClassVar[WeightScope] = "token"
     normalizer: Normalizer = "tokens"
     ratio_min: float = 0.0
     ratio_max: float = 5.0

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from asympo_megatron.batch import ResponseBatch
 from asympo_megatron.errors import ConfigError
-from asympo_megatron.objectives.base import require_number
+from asympo_megatron.objectives.base import WeightScope, require_number
 from asympo_megatron.objectives.ratio import (
     RatioObjective,
     Terms,
@@ -38,6 +38,7 @@ class DecoupledPPO(RatioObjective):
     """
 
     name: ClassVar[str] = "decoupled_ppo"
+    weight_scope: ClassVar[WeightScope] = "token"
     clip_low: float = 0.2
     clip_high: float = 0.2
 

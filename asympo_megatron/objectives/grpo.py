@@ -6,7 +6,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from asympo_megatron.batch import ResponseBatch
-from asympo_megatron.objectives.base import Normalizer
+from asympo_megatron.objectives.base import Normalizer, WeightScope
 from asympo_megatron.objectives.ratio import (
     OldPolicyObjective,
     Terms,
@@ -30,6 +30,7 @@ class GRPO(OldPolicyObjective):
     """
 
     name: ClassVar[str] = "grpo"
+    weight_scope: ClassVar[WeightScope] = "token"
     clip_low: float = 0.2
     clip_high: float = 0.2
 

@@ -6,6 +6,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from asympo_megatron.batch import ResponseBatch
+from asympo_megatron.objectives.base import WeightScope
 from asympo_megatron.objectives.ratio import (
     OldPolicyObjective,
     Terms,
@@ -29,6 +30,7 @@ class GSPO(OldPolicyObjective):
     """
 
     name: ClassVar[str] = "gspo"
+    weight_scope: ClassVar[WeightScope] = "response"
     clip_low: float = 3e-4
     clip_high: float = 4e-4
 

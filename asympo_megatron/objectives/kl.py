@@ -12,7 +12,7 @@ from torch import Tensor
 
 from asympo_megatron.batch import ResponseBatch
 from asympo_megatron.errors import UnknownNameError
-from asympo_megatron.objectives.base import Normalizer, Objective, require_number
+from asympo_megatron.objectives.base import Normalizer, Objective, WeightScope, require_number
 from asympo_megatron.objectives.ratio import ratio_of
 from asympo_megatron.parallel import SINGLE, ParallelGroups, Stat, spread_to_tokens, sum_per_response
 
@@ -62,6 +62,13 @@ class KLPenalty(Objective):
     def normalizer(self) -> Normalizer:
         """That of the objective."""
         return self.objective.normalizer
+
+    @property
+    def weight_scope(self) -> WeightScope | None:
+        """That of the objective, if the penalty's is the same."""
+        own: WeightScope = "response" if self.estimator == "k1" else "token"
+        inner = self.objective.weight_scope
+        return inner if inner in (own, None) else "mixed"
 
     def normalizer_count(self, batch: ResponseBatch, groups: ParallelGroups = SINGLE) -> Tensor:
         """That of the objective."""

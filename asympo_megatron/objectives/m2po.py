@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from asympo_megatron.batch import ResponseBatch
-from asympo_megatron.objectives.base import Normalizer, require_number
+from asympo_megatron.objectives.base import Normalizer, WeightScope, require_number
 from asympo_megatron.objectives.ratio import RatioObjective, Terms, advantages, ratio_of
 from asympo_megatron.parallel import SINGLE, ParallelGroups, largest_bound
 
@@ -33,6 +33,7 @@ class M2PO(RatioObjective):
     """
 
     name: ClassVar[str] = "m2po"
+    weight_scope: ClassVar[WeightScope] = "token"
     normalizer: Normalizer = "tokens"
     second_moment: float = 0.04
     all_tokens: bool = False

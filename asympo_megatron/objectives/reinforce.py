@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from asympo_megatron.batch import ResponseBatch
-from asympo_megatron.objectives.base import Objective
+from asympo_megatron.objectives.base import Objective, WeightScope
 from asympo_megatron.objectives.diagnostics import ResponseSums, response_metrics
 from asympo_megatron.parallel import SINGLE, ParallelGroups, Stat, spread_to_tokens, sum_per_response
 
@@ -17,6 +17,7 @@ class Reinforce(Objective):
     """L = (1/N) sum_i A_i n_i, with n_i the mean token NLL of response i."""
 
     name: ClassVar[str] = "reinforce"
+    weight_scope: ClassVar[WeightScope] = "token"
 
     def weigh(
         self, token_nll_T: Tensor, batch: ResponseBatch, groups: ParallelGroups = SINGLE

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from asympo_megatron.batch import ResponseBatch
-from asympo_megatron.objectives.base import require_number
+from asympo_megatron.objectives.base import WeightScope, require_number
 from asympo_megatron.objectives.ratio import OldPolicyObjective, Terms, advantages, ratio_of
 from asympo_megatron.parallel import ParallelGroups
 
@@ -23,6 +23,7 @@ class SAPO(OldPolicyObjective):
     """
 
     name: ClassVar[str] = "sapo"
+    weight_scope: ClassVar[WeightScope] = "token"
     tau_pos: float = 1.0
     tau_neg: float = 1.05
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from asympo_megatron.batch import ResponseBatch
-from asympo_megatron.objectives.base import Normalizer, Objective
+from asympo_megatron.objectives.base import Normalizer, Objective, WeightScope
 from asympo_megatron.objectives.diagnostics import ResponseSums, response_metrics
 from asympo_megatron.parallel import SINGLE, ParallelGroups, Stat, sum_per_response
 
@@ -17,6 +17,7 @@ class SFT(Objective):
     """L = sum_t nll_t / (trained tokens of the global batch)."""
 
     name: ClassVar[str] = "sft"
+    weight_scope: ClassVar[WeightScope] = "token"
 
     @property
     def normalizer(self) -> Normalizer:

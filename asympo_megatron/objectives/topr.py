@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from asympo_megatron.batch import ResponseBatch
+from asympo_megatron.objectives.base import WeightScope
 from asympo_megatron.objectives.ratio import RatioObjective, Terms, advantages, response_log_ratio
 from asympo_megatron.parallel import ParallelGroups, spread_to_tokens
 
@@ -20,6 +21,7 @@ class TOPR(RatioObjective):
     """
 
     name: ClassVar[str] = "topr"
+    weight_scope: ClassVar[WeightScope] = "response"
 
     def terms(self, log_ratio_T: Tensor, token_nll_T: Tensor, batch: ResponseBatch, groups: ParallelGroups) -> Terms:
         """force_t = a_i A_i."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from asympo_megatron.batch import ResponseBatch
-from asympo_megatron.objectives.base import Normalizer, require_number
+from asympo_megatron.objectives.base import Normalizer, WeightScope, require_number
 from asympo_megatron.objectives.ratio import MAX_LOG_RATIO, RatioObjective, Terms, advantages, response_log_ratio
 from asympo_megatron.parallel import ParallelGroups, spread_to_tokens
 
@@ -24,6 +24,7 @@ class VESPO(RatioObjective):
     """
 
     name: ClassVar[str] = "vespo"
+    weight_scope: ClassVar[WeightScope] = "response"
     normalizer: Normalizer = "tokens"
     k_pos: float = 2.0
     lambda_pos: float = 3.0

@@ -95,6 +95,14 @@ class TileBuffer:
         return _view(self._spare, (wide_CB.shape[0], wide_CB.shape[1]))
 
 
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left right, in the dtype of ``total``."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total.add_(left @ right)
+
+
 @dataclass(frozen=True)
 class SoftmaxSums:
     """Of each token, over some part of the vocabulary.

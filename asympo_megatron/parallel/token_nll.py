@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from asympo_megatron.errors import BatchError
 from asympo_megatron.parallel import main_grad
 from asympo_megatron.parallel.groups import SINGLE, ParallelGroups, max_over, sum_over
-from asympo_megatron.parallel.logit_tiles import LogitTiles, TileBuffer, shard_sums, wide_dtype
+from asympo_megatron.parallel.logit_tiles import LogitTiles, TileBuffer, add_product, shard_sums, wide_dtype
 
 
 @overload
@@ -84,7 +84,7 @@ def token_nll(
     Raises:
         BatchError: shapes, dtypes, temperature or tile that cannot work.
     """
-    _check(hidden_TH, weight_VH, target_T, temperature, tile)
+    check_inputs(hidden_TH, weight_VH, target_T, temperature, tile)
     shard = weight_VH.shape[0]
     first_id = groups.tensor_rank * shard
     real_rows = shard if vocab_size is None else min(max(vocab_size - first_id, 0), shard)
@@ -200,24 +200,17 @@ def _add_gradients(
                 grad_CB.mul_(tiles.inverse_temperature)
             factor_CB = buffer.for_product(grad_CB)
             if grad_hidden is not None:
-                _add_product(grad_hidden[part], factor_CB, weight_VH[rows])
+                add_product(grad_hidden[part], factor_CB, weight_VH[rows])
             if block_BH is not None:
-                _add_product(block_BH, factor_CB.t(), hidden_TH[part])
+                add_product(block_BH, factor_CB.t(), hidden_TH[part])
         if grad_weight is not None and block_BH is not None and block_BH.dtype != grad_weight.dtype:
             grad_weight[rows] += block_BH
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left right, in the dtype of ``total``."""
-    if total.dtype == left.dtype:
-        total.addmm_(left, right)
-    else:
-        total.add_(left @ right)
-
-
-def _check(
-    hidden_TH: Tensor, weight_VH: Tensor, target_T: Tensor, temperature: float, tile: tuple[int, int] | None
+def check_inputs(
+    hidden_TH: Tensor, weight_VH: Tensor, target_T: Tensor, temperature: float, tile: tuple[int, int] | None = None
 ) -> None:
+    """Raise what :func:`token_nll` would raise."""
     shapes = tuple(hidden_TH.shape), tuple(weight_VH.shape), tuple(target_T.shape)
     if [len(shape) for shape in shapes] != [2, 2, 1]:
         raise BatchError(f"hidden, weight, target have shapes {shapes}; expected [T, H], [V, H], [T].")
