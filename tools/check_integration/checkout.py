@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import placeholders
+
 from asympo_megatron.errors import IntegrationError
 
 SOURCE_FOLDERS = {
@@ -33,6 +35,7 @@ def enter(name: str, path: Path) -> None:
         if not source.is_dir():
             raise IntegrationError(f"{path} has no folder {folder}: it is no checkout of {name}.")
         sys.path.insert(0, str(source))
+    placeholders.allow(name)
 
 
 def commit(path: Path) -> str:
