@@ -139,7 +139,7 @@ def test_only_a_rank_of_torchrun_dies_with_its_parent(monkeypatch, run_id, expec
 
     asked = []
     monkeypatch.setattr(asympo_megatron.launch.children, "die_with_parent", lambda _: asked.append(os.getpid()))
-    monkeypatch.setattr(asympo_megatron.trainer.run, "train", lambda _: None)
+    monkeypatch.setattr(asympo_megatron.trainer.run, "train", lambda *_: None)
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     if run_id is not None:
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", run_id)

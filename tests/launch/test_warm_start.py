@@ -29,7 +29,7 @@ def warmed(tmp_path, *overrides):
 def test_a_finished_warm_start_is_not_repeated(tmp_path, started):
     config = warmed(tmp_path)
     supervisor.run_local(config, print)
-    ((_, run_dir, _, _, overrides),) = started
+    ((_, run_dir, _, _, overrides, _),) = started
     assert run_dir == RunDir.of(config)
     assert overrides == [f"model.init={run_dir.warmup / 'checkpoints'}"]
     assert load_config(run_dir.config) == config  # the saved config is the user's, so it can be run again

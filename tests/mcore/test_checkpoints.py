@@ -222,7 +222,7 @@ def test_refusals(tmp_path: Path, one_rank: None) -> None:
     with pytest.raises(CheckpointError, match="model with ffn_size=48, this run has ffn_size=64"):
         other.load(newest)
     (newest / MARKER).write_text(json.dumps({**marker, "format": 99}))
-    with pytest.raises(CheckpointError, match="format 99, expected 1"):
+    with pytest.raises(CheckpointError, match="format 99, expected 2"):
         other.load(newest)
 
 
