@@ -13,6 +13,7 @@ from yarl import URL
 
 from asympo_megatron.errors import EngineError
 from asympo_megatron.rollout.answer import Answer, GenerateRequest, parse_answer
+from asympo_megatron.rollout.expiry import Expiry
 
 log = logging.getLogger(__name__)
 _KEEPALIVE_S = 2.0
@@ -41,7 +42,7 @@ class EngineClient:
     def __init__(self, url: str, api_key: str | None, request_timeout_s: float, control_timeout_s: float) -> None:
         self.url = url.rstrip("/")
         self._generate_url = URL(self.url + "/generate")
-        self._request_timeout_s, self._control_timeout_s = request_timeout_s, control_timeout_s
+        self._control_timeout_s = control_timeout_s
         headers = {"Content-Type": "application/json"}
         if api_key:
             headers["Authorization"] = f"Bearer {api_key}"
@@ -53,9 +54,11 @@ class EngineClient:
             skip_auto_headers=_SKIPPED_HEADERS,
         )
         self._aborts: set[asyncio.Task[None]] = set()
+        self._expiry = Expiry(request_timeout_s)
 
     async def close(self) -> None:
         """Close every connection; requests on their way fail with EngineLost."""
+        self._expiry.close()
         for task in self._aborts:
             task.cancel()
         await self._session.close()
@@ -69,16 +72,18 @@ class EngineClient:
             EngineError: any other status, or an answer that fails its checks.
         """
         expired = False
+        deadline = asyncio.timeout(None)  # set when it is near: a timer for each of thousands of requests costs
 
         def expire() -> None:
             nonlocal expired
             expired = True
             self._abort_soon(request.rid)
+            deadline.reschedule(asyncio.get_running_loop().time() + self._control_timeout_s)
 
-        timer = asyncio.get_running_loop().call_later(self._request_timeout_s, expire)
+        ticket = self._expiry.add(expire)
         try:
             async with (
-                asyncio.timeout(self._request_timeout_s + self._control_timeout_s),
+                deadline,
                 self._session.post(self._generate_url, data=msgspec.json.encode(request)) as reply,
             ):
                 status, body = reply.status, await reply.read()
@@ -88,15 +93,16 @@ class EngineClient:
         except (aiohttp.ClientError, OSError, TimeoutError, RuntimeError) as error:  # RuntimeError: session is closed
             raise EngineLost(f"engine {self.url}: /generate failed ({_describe(error)})") from error
         finally:
-            timer.cancel()
+            self._expiry.remove(ticket)
         if status == 400:
             raise RequestRefused(f"engine {self.url} refused a request: {body[:300].decode(errors='replace')}")
         if status != 200:
             raise EngineError(f"engine {self.url}: /generate answered HTTP {status}: {body[:200]!r}")
         try:
-            return replace(parse_answer(body, request, vocab_size, known), expired=expired)
+            answer = parse_answer(body, request, vocab_size, known)
         except EngineError as error:
             raise EngineError(f"engine {self.url}: {error}") from error
+        return replace(answer, expired=True) if expired else answer
 
     async def ready(self) -> None:
         """Raises EngineError while the engine does not take requests."""

@@ -97,7 +97,12 @@ class Fleet:
     @property
     def step(self) -> int | None:
         """Step of the weights that a request started now is sampled by, at least; None while no engine serves."""
-        return min((engine.weights.step for engine in self.serving if engine.weights), default=None)
+        step = None
+        for engine in self.engines.values():  # asked for every request, more than once
+            weights = engine.weights
+            if engine.state is EngineState.SERVING and weights is not None and (step is None or weights.step < step):
+                step = weights.step
+        return step
 
     def set_state(self, engine: Engine, state: EngineState) -> None:
         """Change the state of an engine and wake whoever it concerns."""
@@ -162,18 +167,22 @@ class Fleet:
                 heapq.heappop(queue).engine.set_result(engine)
 
     def _grant(self, group: int, version: int | None) -> Engine | None:
-        free = [engine for engine in self.engines.values() if self._usable(engine, version)]
-        if not free:
+        best = None
+        for engine in self.engines.values():
+            if self._usable(engine, version) and (best is None or engine.in_flight < best.in_flight):
+                best = engine
+        if best is None:
             return None
-        best = min(free, key=lambda engine: engine.in_flight)
         home = self._homes.get(group)
-        if home is not None and home in free and home.in_flight <= best.in_flight + self._affinity_slack:
-            best = home
+        if home is not None and home is not best and self._usable(home, version):
+            known = self.engines.get(home.url) is home
+            if known and home.in_flight <= best.in_flight + self._affinity_slack:
+                best = home
         self._homes[group] = best
         best.in_flight += 1
         return best
 
     def _usable(self, engine: Engine, version: int | None) -> bool:
-        if not engine.serving or engine.in_flight >= self._max_in_flight:
+        if engine.state is not EngineState.SERVING or engine.in_flight >= self._max_in_flight:
             return False
         return version is None or (engine.weights is not None and engine.weights.version == version)

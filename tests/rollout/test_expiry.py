@@ -1,0 +1,68 @@
+"""One timer for many time-outs, on a virtual clock."""
+
+import asyncio
+
+import pytest
+
+from asympo_megatron.rollout.expiry import Expiry
+from asympo_megatron.testing.virtual_time import run_virtual
+
+
+class Calls:
+    """What expired, and when."""
+
+    def __init__(self, timeout_s):
+        self.expiry, self.seen = Expiry(timeout_s), []
+
+    def add(self, name):
+        loop = asyncio.get_running_loop()
+        return self.expiry.add(lambda: self.seen.append((name, loop.time())))
+
+
+def test_each_entry_expires_at_its_own_time_unless_removed():
+    async def scenario():
+        calls, tickets = Calls(10.0), {}
+        for name in "abcd":  # at 0, 1, 2, 3
+            tickets[name] = calls.add(name)
+            await asyncio.sleep(1)
+        calls.expiry.remove(tickets["a"])  # the one that the timer was set for
+        calls.expiry.remove(tickets["c"])
+        await asyncio.sleep(100)
+        calls.expiry.remove(tickets["b"])  # done after all, too late
+        return calls.seen
+
+    assert run_virtual(scenario()) == [("b", pytest.approx(11.0)), ("d", pytest.approx(13.0))]
+
+
+def test_it_serves_again_after_a_quiet_time():
+    async def scenario():
+        calls = Calls(10.0)
+        calls.expiry.remove(calls.add("a"))
+        await asyncio.sleep(500)
+        calls.add("b")
+        await asyncio.sleep(500)
+        return calls.seen
+
+    assert run_virtual(scenario()) == [("b", pytest.approx(510.0))]
+
+
+def test_entries_added_by_an_expiry_wait_their_time():
+    async def scenario():
+        calls = Calls(10.0)
+        calls.expiry.add(lambda: calls.add("again"))
+        calls.add("b")
+        await asyncio.sleep(100)
+        return calls.seen
+
+    assert run_virtual(scenario()) == [("b", pytest.approx(10.0)), ("again", pytest.approx(20.0))]
+
+
+def test_nothing_happens_after_close():
+    async def scenario():
+        calls = Calls(10.0)
+        calls.add("a")
+        calls.expiry.close()
+        await asyncio.sleep(100)
+        return calls.seen
+
+    assert run_virtual(scenario()) == []
