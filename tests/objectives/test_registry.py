@@ -139,9 +139,10 @@ for blocked in ("megatron", "sglang", "transformers"):
 import asympo_megatron
 assert "torch" not in sys.modules
 from asympo_megatron import (
-    build_objective, OBJECTIVES, ASymPO, SPO, ResponseBatch, ObjectiveOutput, ParallelGroups, token_nll)
+    build_objective, fused_objective_loss, OBJECTIVES, ASymPO, SPO, ResponseBatch, ObjectiveOutput, ParallelGroups,
+    token_nll)
 assert isinstance(build_objective("asympo"), ASymPO) and OBJECTIVES["spo"] is SPO
-assert callable(token_nll) and ParallelGroups.single().context_size == 1
+assert callable(token_nll) and callable(fused_objective_loss) and ParallelGroups.single().context_size == 1
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
