@@ -14,7 +14,16 @@ from typing import Any, NoReturn
 from asympo_megatron.errors import IntegrationError
 
 PACKAGES: dict[str, tuple[str, ...]] = {
-    "nemo_rl": ("matplotlib", "mlflow", "prometheus_client", "swanlab", "wandb"),
+    "nemo_rl": (
+        "fastapi",
+        "matplotlib",
+        "mlflow",
+        "prometheus_client",
+        "swanlab",
+        "tensorboard",
+        "uvicorn",
+        "wandb",
+    ),
 }
 
 
@@ -32,6 +41,8 @@ class _Refusing(type):
 
 
 class _Placeholder(ModuleType):
+    __version__ = "999"  # torch.utils.tensorboard compares it while it is imported
+
     def __getattr__(self, name: str) -> Any:
         return _absent(self.__name__, name)
 

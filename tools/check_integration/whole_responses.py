@@ -55,6 +55,7 @@ def nemo_rl(objective: str) -> Tensor:
     data_dict = upstream("nemo_rl.distributed.batched_data_dict", "BatchedDataDict")
     from asympo_megatron.integrations.nemo_rl import ASymPOLoss  # only now: a missing package is named above
 
+    _stay_on_cpu()
     loss = ASymPOLoss(objective, **CASES[objective])
 
     def loss_of(part: ParityBatch, logits_PV: Tensor) -> Tensor:
@@ -78,6 +79,12 @@ def nemo_rl(objective: str) -> Tensor:
         return result
 
     return _over_parts(loss_of)
+
+
+def _stay_on_cpu() -> None:
+    """``get_next_token_logprobs_from_logits`` moves token ids with ``.cuda()``; without a GPU they stay."""
+    if not torch.cuda.is_available():
+        torch.Tensor.cuda = lambda self: self  # type: ignore[method-assign,assignment]
 
 
 def prime_rl(objective: str) -> Tensor:
