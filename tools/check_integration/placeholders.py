@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 from asympo_megatron.errors import IntegrationError
 
 PACKAGES: dict[str, tuple[str, ...]] = {
+    "prime_rl": ("wandb",),
     "nemo_rl": (
         "fastapi",
         "matplotlib",
