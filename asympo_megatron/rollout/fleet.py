@@ -11,7 +11,7 @@ import itertools
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 
 from asympo_megatron.rollout.bell import Bell
@@ -58,12 +58,8 @@ class Engine:
         self.quarantines = self.strikes = 0
 
 
-@dataclass(order=True)
-class _Waiter:
-    group: int
-    order: int
-    version: int | None = field(compare=False)
-    engine: asyncio.Future[Engine] = field(compare=False)
+_Waiter = tuple[int, int, int | None, asyncio.Future[Engine]]
+"""Group, order of arrival (no two alike: nothing behind it is compared), version, the engine to come."""
 
 
 class Fleet:
@@ -143,7 +139,7 @@ class Fleet:
             if engine is not None:
                 return engine
         future: asyncio.Future[Engine] = asyncio.get_running_loop().create_future()
-        heapq.heappush(queue, _Waiter(group, next(self._order), version, future))
+        heapq.heappush(queue, (group, next(self._order), version, future))
         try:
             return await future
         except asyncio.CancelledError:
@@ -158,25 +154,25 @@ class Fleet:
     def _pump(self) -> None:
         for queue in (self._pinned, self._waiting):
             while queue:
-                if queue[0].engine.done():
-                    heapq.heappop(queue)
-                    continue
-                engine = self._grant(queue[0].group, queue[0].version)
-                if engine is None:
-                    break
-                heapq.heappop(queue).engine.set_result(engine)
+                group, _, version, future = queue[0]
+                if not future.done():  # else cancelled
+                    engine = self._grant(group, version)
+                    if engine is None:
+                        break
+                    future.set_result(engine)
+                heapq.heappop(queue)
 
     def _grant(self, group: int, version: int | None) -> Engine | None:
-        best = None
+        best, least = None, self._max_in_flight
         for engine in self.engines.values():
-            if self._usable(engine, version) and (best is None or engine.in_flight < best.in_flight):
-                best = engine
+            if engine.in_flight < least and self._usable(engine, version):
+                best, least = engine, engine.in_flight
         if best is None:
             return None
         home = self._homes.get(group)
-        if home is not None and home is not best and self._usable(home, version):
-            known = self.engines.get(home.url) is home
-            if known and home.in_flight <= best.in_flight + self._affinity_slack:
+        if home is not None and home is not best and home.in_flight <= least + self._affinity_slack:
+            known = self.engines.get(home.url) is home  # not replaced by one that joined again under its url
+            if known and self._usable(home, version):
                 best = home
         self._homes[group] = best
         best.in_flight += 1
