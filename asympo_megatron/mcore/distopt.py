@@ -75,6 +75,7 @@ def load_state(optimizer: Any, state: Any) -> None:
     for wrapper, part in _parts(optimizer, state):
         if wrapper in adams and not isinstance(wrapper, DistributedOptimizer):
             _restore_step_zero(part)
+        _adopt_schedule(wrapper.param_groups, part.get("optimizer", part)["param_groups"])
     try:
         # Without no_grad: float32 main parameters are views of leaves, which autograd refuses to copy into.
         optimizer.load_state_dict(state)
@@ -130,6 +131,18 @@ def unshare_steps(optimizer: Any) -> None:
 def _options(group: dict[str, Any]) -> dict[str, Any]:
     """What the run configures of a parameter group; ``step`` is Megatron's count of the steps done."""
     return {name: value for name, value in group.items() if name not in {"params", "step"}}
+
+
+def _adopt_schedule(own: list[dict[str, Any]], saved: list[dict[str, Any]]) -> None:
+    """From 0.19 on the bounds of the schedule are part of what a saved group is found by: a new lr would match none."""
+
+    def kind(group: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(group.get(name) for name in ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr"))
+
+    ours = {kind(group): group for group in own}
+    for group in saved:
+        now = ours.get(kind(group), {})
+        group.update({name: now[name] for name in ("max_lr", "min_lr", "start_wd", "end_wd") if name in now})
 
 
 def _restore_step_zero(state: dict[str, Any]) -> None:
