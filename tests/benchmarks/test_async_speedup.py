@@ -1,6 +1,7 @@
 """The virtual clock, the scripted engine by hand, and the arithmetic of benchmarks/async_speedup.py."""
 
 import asyncio
+import json
 import time
 from dataclasses import replace
 
@@ -130,3 +131,11 @@ def test_a_small_run_on_the_real_controller():
         assert step.lag_max == 0
     assert max(step.lag_max for step in ahead.steps) >= 2
     assert synchronous.step_s > 1.3 * ahead.step_s
+
+
+def test_a_variation_names_its_parameters_and_has_no_goal(capsys):
+    report = async_speedup.harness.Report("trial")
+    async_speedup.vary(report, "small", SMALL, 4)
+    line = json.loads(capsys.readouterr().out)
+    assert (line["variation"], line["goal"], line["max_lag_steps"]) == ("small", None, 4)
+    assert line["value"] == pytest.approx(line["synchronous_step_s"] / line["step_s"], rel=0.01)
