@@ -37,8 +37,9 @@ setup: $(DEV_STAMP)  ## install everything `make test` and `make check` need int
 quickstart: $(RUN_STAMP)  ## train a small model by asynchronous RL on this machine, then write a report
 	$(BIN)/asympo run quickstart
 
+# Files in order of collection: by number of tests, those of whole runs would come last and one core would wait.
 test: setup  ## the fast tests
-	$(ONE_THREAD) $(BIN)/python -m pytest -m "$(FAST)" -n $(TEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
+	$(ONE_THREAD) $(BIN)/python -m pytest -m "$(FAST)" -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 check: setup  ## formatting, lints, types, layers
 	$(BIN)/ruff format --check .

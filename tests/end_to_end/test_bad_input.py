@@ -88,6 +88,7 @@ def test_replayed_groups_that_cannot_be_trained(bench, ids, words):
     assert bench.rows(name) == []
 
 
+@pytest.mark.slow
 def test_the_whole_replay_file_is_checked_before_the_first_step(bench):
     good, alone = Group([3], [Response([4], [1], 1.0)] * 2), Group([3], [Response([4], [1], 1.0)])
     write_groups(bench.path / "uneven.jsonl", [good] * 8 + [alone])
@@ -108,6 +109,7 @@ def test_the_whole_replay_file_is_checked_before_the_first_step(bench):
     assert bench.rows("uneven") == []
 
 
+@pytest.mark.slow
 def test_resume_false_never_touches_an_earlier_run(bench):
     options = ["run.name=again", "run.steps=2"]
     bench.run("train", str(bench.config), *options)

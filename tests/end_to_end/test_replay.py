@@ -31,6 +31,7 @@ def test_asynchronous_path_gives_the_same_bits(bench, straight):
     assert bench.checksums("asynchronous") == [row["train/weights_checksum"] for row in straight]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["tensor", "pipeline"])
 def test_parallel_layouts_give_the_single_rank_figures(bench, straight, layout):
     launcher = [*TORCHRUN, "--standalone", "--nproc-per-node=2", *TRAIN]

@@ -95,6 +95,7 @@ def test_a_dead_engine_ends_the_run_with_its_name(bench):
     assert psutil.wait_procs(family, timeout=20)[1] == []
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_all_and_the_same_command_resumes(bench):
     process = start_and_wait_for_a_step(bench, "interrupted", "run.steps=40")
     family = psutil.Process(process.pid).children(recursive=True)
