@@ -29,7 +29,7 @@ from asympo_megatron.testing.gradients import relative_error
 GOAL = 1e-12
 HIDDEN = 8
 PADDED_VOCAB = VOCAB + VOCAB % 2
-HANG_S = 900
+HANG = timedelta(minutes=15)
 """Eight ranks share one interpreter, and a busy machine: only a rank that hangs takes so long."""
 
 
@@ -66,7 +66,7 @@ def _groups(world: Any, grid: Grid, store: HashStore) -> ParallelGroups:
     tensor, context, data = grid.place(world.rank())
 
     def group(name: str, rank: int, size: int) -> Any:
-        return dist.ProcessGroupGloo(PrefixStore(name, store), rank, size, timedelta(seconds=HANG_S)) if size > 1 else None
+        return dist.ProcessGroupGloo(PrefixStore(name, store), rank, size, HANG) if size > 1 else None
 
     return ParallelGroups(
         tensor=group(f"tensor {context} {data}", tensor, grid.tensor),
@@ -120,7 +120,7 @@ def _rank(world: Any, grid: Grid, store: HashStore, cases: list[Case], local_sum
 
 def _run(grid: Grid, cases: list[Case], local_sums: bool = False) -> list[dict[str, Tensor]]:
     """The gradients of the whole model, divided once, as Megatron would."""
-    ranks = run_threads(_rank, grid.ranks, grid, HashStore(), cases, local_sums, timeout_s=HANG_S)
+    ranks = run_threads(_rank, grid.ranks, grid, HashStore(), cases, local_sums, timeout_s=HANG.total_seconds())
     return [_join(grid, [rank[number] for rank in ranks]) for number in range(len(cases))]
 
 
