@@ -88,7 +88,7 @@ test-megatron-latest: $(LATEST_STAMP)  ## Megatron tests and part of the lattice
 sglang-env: setup  ## a real SGLang for machines without a GPU, in .venv-sglang
 	@$(BIN)/python tools/sglang_cpu_env build --pip-args="$(PIP_ARGS)"
 
-test-sglang: setup sglang-env  ## tests against two real SGLang servers, which they start
+test-sglang: setup sglang-env smollm2  ## tests against two real SGLang servers, which they start
 	$(ONE_THREAD) GLOO_SOCKET_IFNAME=lo $(BIN)/python -m pytest tests/sglang -m sglang --timeout=600 $(PYTEST_ARGS)
 
 gpu-smoke: setup  ## short runs on a CUDA device; GPU_PYTHON names a Python with a CUDA build of torch

@@ -1,5 +1,6 @@
 """What the ranks of the lattice run: cells against a reference that one rank has left in a file."""
 
+import gc
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -69,6 +70,7 @@ def joined(name: str, cell: Cell) -> Iterator[Layout]:
         yield initialize(config_of(cell))
     finally:
         shutdown()
+        gc.collect()  # learners are full of cycles, and each holds groups whose threads wake a hundred times a second
 
 
 def reference_file(folder: Path, cell: Cell) -> Path:
