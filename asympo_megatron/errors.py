@@ -52,6 +52,10 @@ class RewardError(AsympoError, RuntimeError):
     """A reward function that failed; a failed reward is never silently zero."""
 
 
+class EpisodeError(AsympoError, RuntimeError):
+    """An environment that failed, or a reply that no tokens can express; a reply is never guessed."""
+
+
 class EngineError(AsympoError, RuntimeError):
     """An engine that answered wrongly, not in time, or not at all."""
 

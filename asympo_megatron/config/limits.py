@@ -47,6 +47,7 @@ AT_LEAST: Mapping[str, float] = {
     "rollout.eval.temperature": 0,
     "task.reward_workers": 1,
     "task.reward_retries": 0,
+    "task.max_turns": 1,
     "sync.interval_steps": 1,
     "sync.bucket_bytes": 1,
     "sync.keep_last": 1,
@@ -103,6 +104,7 @@ RULES: Mapping[str, _Rule] = {
     "rollout.sampling.top_k": (lambda value: value == -1 or value >= 1, "it must be at least 1, or -1 (off)"),
     "rollout.sampling.stop_token_ids": (lambda ids: all(one >= 0 for one in ids), "token ids start at 0"),
     "rollout.eval.top_p": _TOP_P,
+    "task.environment": (lambda name: name is None or ":" in name, "a function is named pkg.mod:fn; null: none"),
     "logging.prometheus_port": _PORT,
 }
 """A condition of a value, and what the message says when it does not hold."""

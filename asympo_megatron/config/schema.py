@@ -245,11 +245,17 @@ class TaskConfig:
     reward: str = "task"
     """task (the task's own scorer) | exact | math (math-verify) | pkg.mod:fn."""
     reward_timeout_s: float = 10.0
-    """Of scoring one batch or one answer."""
+    """Of scoring one batch or one answer, and of one reply of the environment."""
     reward_retries: int = 2
-    """Further tries of a reward that failed; then its group is dropped and counted, never scored 0."""
+    """Further tries of a reward or reply that failed; then its group is dropped and counted, never scored 0."""
     reward_workers: int = 2
-    """Processes that score answers, for rewards that parse model output."""
+    """Processes that score answers, for rewards that parse model output; as many again for the environment."""
+    environment: str | None = None
+    """pkg.mod:fn, which replies to the model's turns (tools, games); null: a response is one turn."""
+    max_turns: int = 8
+    """environment: turns of the model in one response; the reply to the last of them is not given."""
+    reply_role: str = "user"
+    """environment, template chat: role of its replies, e.g. tool where the chat template knows it."""
 
 
 @dataclass

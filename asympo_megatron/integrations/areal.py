@@ -5,8 +5,7 @@ Checked against areal 1.0.4 (``trainer/ppo/actor.py``, ``trainer/rl_trainer.py``
 
 The engine calls the loss with packed [T] log-probs of whole sequences (reassembled under context parallelism), weighs
 each micro-batch with ``loss_weight_fn`` and divides by the sum of the weights over all ranks. AReaL's weight is the
-number of trained tokens; here it is the number of responses, so that the result is the sum over responses divided by
-N. AReaL's actor is kept as it is; its engine is wrapped so that ``train_batch`` gets this loss and this weight.
+number of trained tokens; here it is the number of responses: the result is the sum over responses divided by N.
 
 What it saves: ``actor.recompute_logprob=false`` and ``actor.use_decoupled_loss=false`` (both required here, both
 defaults) drop the forward pass for old or proximal log-probs. AReaL asks SGLang for log-probs whatever the flags, and
@@ -15,15 +14,16 @@ its advantage computation takes its shapes from them.
 
 import inspect
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from asympo_megatron.batch import UNTRAINED, ResponseBatch
+from asympo_megatron.batch import UNTRAINED
 from asympo_megatron.errors import BatchError, ConfigError, IntegrationError
-from asympo_megatron.integrations.broadcast import response_value
-from asympo_megatron.integrations.padded import figures, require_no_behavior_data
+from asympo_megatron.integrations.broadcast import gather_responses
+from asympo_megatron.integrations.padded import figures, require_no_behavior_data, require_off
 from asympo_megatron.objectives import Objective, build_objective
 
 try:
@@ -36,6 +36,9 @@ try:
     from areal.utils.environ import is_single_controller
 except ImportError as error:
     raise IntegrationError(f"areal has no class where 1.0.4 has it: {error}. Install areal 1.0.4.") from error
+_TAKEN = inspect.signature(FSDPPPOActor.train_batch).parameters.keys()
+if not {"input_", "loss_fn", "loss_weight_fn"} <= _TAKEN or not hasattr(train_engine, "compute_total_loss_weight"):
+    raise IntegrationError(f"areal's train_batch takes {sorted(_TAKEN)}. Install areal 1.0.4.")
 
 _OFF = {
     "use_decoupled_loss": False,
@@ -69,24 +72,22 @@ class AsympoGRPOConfig(GRPOConfig):
 
 
 class AsympoPPOActor(PPOActor):
-    """AReaL's actor with our loss.
+    """AReaL's actor with an objective.
 
     Raises:
         ConfigError: a setting that this loss has no use for; the message names it.
     """
 
     def __init__(self, config: AsympoActorConfig, engine: Any) -> None:
-        for name, off in _OFF.items():
-            if getattr(config, name) != off:
-                raise ConfigError(f"actor.{name} is {getattr(config, name)}; ASymPO needs actor.{name}={off}.")
+        require_off(config, _OFF, "actor.")
         if config.reward_norm is None or config.reward_norm.mean_level is None:
             raise ConfigError(
                 "rewards are not centred, so the advantages of a group do not sum to zero. Set "
                 "actor.reward_norm.mean_level=group and actor.reward_norm.group_size."
             )
-        objective = build_objective(config.objective, **config.objective_options)
-        require_no_behavior_data(objective)
-        super().__init__(config, _EngineWithObjective(engine, objective))
+        self.objective = build_objective(config.objective, **config.objective_options)
+        require_no_behavior_data(self.objective)
+        super().__init__(config, engine)
 
     def _compute_advantages(self, data: dict[str, Any]) -> dict[str, Any]:
         """AReaL carries the reward back from the last position and loses it where that token is untrained."""
@@ -96,11 +97,14 @@ class AsympoPPOActor(PPOActor):
 
 
 class AsympoFSDPPPOActor(FSDPPPOActor):
-    """AReaL's FSDP engine with :class:`AsympoPPOActor`."""
+    """AReaL's FSDP engine, which trains with our loss and weight instead of those handed in."""
 
     def __init__(self, config: AsympoActorConfig) -> None:
         super().__init__(config)
         self.actor = AsympoPPOActor(config, self)
+
+    def train_batch(self, input_: Any, loss_fn: Any, loss_weight_fn: Any) -> dict[str, float]:
+        return super().train_batch(input_, partial(asympo_loss, self.actor.objective), count_responses)
 
 
 class AsympoPPOTrainer(PPOTrainer):
@@ -119,66 +123,30 @@ class AsympoPPOTrainer(PPOTrainer):
         return actor
 
 
-class _EngineWithObjective:
-    """An engine whose ``train_batch`` takes our loss and weight instead of those handed in."""
-
-    def __init__(self, engine: Any, objective: Objective) -> None:
-        self._engine = engine
-        self._objective = objective
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._engine, name)
-
-    def train_batch(self, input_: Any, loss_fn: Any, loss_weight_fn: Any) -> dict[str, float]:
-        return self._engine.train_batch(input_, loss_fn=self._loss, loss_weight_fn=count_responses)
-
-    def _loss(self, logprobs: Tensor, entropy: Tensor, input_data: dict[str, Any], **vocabulary: Tensor) -> Tensor:
-        return asympo_loss(self._objective, logprobs, entropy, input_data)
-
-
 def count_responses(input_data: dict[str, Any]) -> Tensor:
     """``loss_weight_fn``: responses of a micro-batch, masked ones included."""
     boundaries = input_data["cu_seqlens"]
     return torch.tensor(boundaries.numel() - 1, device=boundaries.device)
 
 
-def asympo_loss(objective: Objective, logprob_T: Tensor, entropy_T: Tensor, input_data: dict[str, Any]) -> Tensor:
+def asympo_loss(
+    objective: Objective, logprobs: Tensor, entropy: Tensor, input_data: dict[str, Any], **_: Tensor
+) -> Tensor:
     """Mean over the responses of a packed micro-batch; the engine weighs it with :func:`count_responses`.
 
     Raises:
         BatchError: the micro-batch is not packed, carries teacher log-probs, or has per-token advantages.
     """
     boundaries, mask_T = input_data.get("cu_seqlens"), input_data["loss_mask"].bool()
-    if boundaries is None or logprob_T.shape != mask_T.shape:
-        raise BatchError(
-            f"log-probs have shape {tuple(logprob_T.shape)}, the loss mask {tuple(mask_T.shape)}, cu_seqlens is "
-            f"{boundaries}: not a packed micro-batch. Turn tree training off."
-        )
+    if boundaries is None or logprobs.shape != mask_T.shape:
+        raise BatchError(f"not a packed micro-batch: {tuple(logprobs.shape)}, {boundaries}. Turn tree training off.")
     if input_data.get("teacher_logp") is not None:
-        raise BatchError(
-            "the micro-batch carries teacher log-probs; this loss has no distillation term. Unset teacher."
-        )
+        raise BatchError("the micro-batch has teacher log-probs; this loss has no distillation term. Unset teacher.")
     length_R = boundaries.diff().long()
     row_T = torch.repeat_interleave(torch.arange(len(length_R), device=mask_T.device), length_R)
-    ids_T = torch.where(mask_T, row_T, UNTRAINED)
-    count_R = torch.zeros_like(length_R).index_add_(0, row_T, mask_T.long())
-    advantage_R = response_value(input_data["advantages"], ids_T, len(length_R))
-    out = objective(-logprob_T, ResponseBatch(ids_T, advantage_R, count_R))
+    batch = gather_responses(input_data["advantages"], torch.where(mask_T, row_T, UNTRAINED), len(length_R))
+    out = objective(-logprobs, batch)
     stats_tracker.denominator(n_valid_tokens=mask_T)
-    stats_tracker.stat(entropy=entropy_T.detach().float(), new_logp=logprob_T.detach(), denominator="n_valid_tokens")
+    stats_tracker.stat(entropy=entropy.detach().float(), new_logp=logprobs.detach(), denominator="n_valid_tokens")
     stats_tracker.scalar(**{f"{objective.name}_{name}": value for name, value in figures(out.metrics).items()})
     return out.loss_sum / out.normalizer_count
-
-
-def _check_hooks() -> None:
-    """AReaL's engine still takes a loss and a weight, and divides by the summed weight.
-
-    Raises:
-        IntegrationError: it does not.
-    """
-    given = inspect.signature(FSDPPPOActor.train_batch).parameters.keys()
-    if not {"input_", "loss_fn", "loss_weight_fn"} <= given or not hasattr(train_engine, "compute_total_loss_weight"):
-        raise IntegrationError(f"areal's train_batch takes {sorted(given)}. Install areal 1.0.4.")
-
-
-_check_hooks()

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from asympo_megatron.batch import UNTRAINED
+from asympo_megatron.batch import UNTRAINED, ResponseBatch
 from asympo_megatron.errors import BatchError
 from asympo_megatron.parallel.groups import max_over
 
@@ -40,6 +40,32 @@ def response_value(
         "estimator without a critic, per-token KL or token-level penalties.",
     )
     return torch.where(absent_R, 0.0, high_R)
+
+
+def gather_responses(
+    advantage_T: Tensor,
+    response_ids_T: Tensor,
+    num_responses: int,
+    **logprobs_T: Tensor,
+) -> ResponseBatch:
+    """The batch of whole responses: advantages by :func:`response_value`, trained tokens counted.
+
+    Args:
+        advantage_T: [T], as the framework has spread them.
+        response_ids_T: int64 [T], -1 for untrained tokens.
+        num_responses: R.
+        **logprobs_T: further fields of :class:`ResponseBatch`.
+
+    Raises:
+        BatchError: the advantages of a response differ.
+    """
+    slot_T = torch.where(response_ids_T < 0, num_responses, response_ids_T)
+    return ResponseBatch(
+        response_ids_T=response_ids_T,
+        advantage_R=response_value(advantage_T, response_ids_T, num_responses),
+        token_count_R=torch.bincount(slot_T, minlength=num_responses + 1)[:num_responses],
+        **logprobs_T,
+    )
 
 
 def require(holds: Tensor, message: str) -> None:

@@ -4,6 +4,7 @@ Axis suffixes: R responses of the micro-batch, L padded response positions, T = 
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,6 +38,23 @@ def require_no_behavior_data(objective: Objective) -> None:
             f"objective {objective.name!r} needs {needs} and is divided by {objective.normalizer}; this adapter hands "
             "over no log-probs of other policies and divides by responses. Use asympo, spo or reinforce."
         )
+
+
+def require_off(section: Any, off: Mapping[str, Any], prefix: str = "") -> None:
+    """Settings that an objective has no use for must have the value that switches them off.
+
+    Args:
+        section: the framework's settings. off: the value of each. prefix: of the names, as a user writes them.
+
+    Raises:
+        ConfigError: one has another value.
+    """
+    for name, value in off.items():
+        if getattr(section, name) != value:
+            raise ConfigError(
+                f"{prefix}{name} is {getattr(section, name)!r}, which the objective does not have or which breaks the "
+                f"zero sum of a group. Set {prefix}{name}={value}."
+            )
 
 
 def padded_token_loss(

@@ -20,6 +20,7 @@ trainers (``_compute_old_log_prob``). They then copy the engine's log-probs, whi
 
 import inspect
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +29,7 @@ from torch import Tensor
 
 from asympo_megatron.errors import BatchError, ConfigError, IntegrationError
 from asympo_megatron.integrations.padded import padded_token_loss
-from asympo_megatron.objectives import SPO, ASymPO, Objective
+from asympo_megatron.objectives import SPO, ASymPO
 
 _AGGREGATION = "seq-mean-token-sum"
 _LOG = logging.getLogger(__name__)
@@ -50,63 +51,51 @@ class AsympoPolicyLossConfig(PolicyLossConfig):
     negative_scale: float | None = None
 
 
-def asympo(
-    old_log_prob: Tensor,
-    log_prob: Tensor,
-    advantages: Tensor,
-    response_mask: Tensor,
-    loss_agg_mode: str = "token-mean",
-    config: Any = None,
-    rollout_is_weights: Tensor | None = None,
-) -> tuple[Tensor, dict[str, Any]]:
-    """ASymPO as a verl policy loss; ``old_log_prob`` and ``loss_agg_mode`` are not read.
+def _policy_loss(kind: type[ASymPO] | type[SPO], option: str) -> Callable[..., tuple[Tensor, dict[str, Any]]]:
+    """A verl policy loss; its objective takes ``option`` from ``config.policy_loss``."""
 
-    Raises:
-        BatchError: no global batch size, or advantages that differ inside a response.
-        ConfigError: importance weights are on, or an option is out of range.
-    """
-    floor = config.policy_loss.get("nll_floor")
-    objective = ASymPO() if floor is None else ASymPO(nll_floor=floor)
-    return _loss(objective, log_prob, advantages, response_mask, config, rollout_is_weights)
+    def policy_loss(
+        old_log_prob: Tensor,
+        log_prob: Tensor,
+        advantages: Tensor,
+        response_mask: Tensor,
+        loss_agg_mode: str = "token-mean",
+        config: Any = None,
+        rollout_is_weights: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """The loss of a micro-batch and its figures; ``old_log_prob`` and ``loss_agg_mode`` are not read.
 
-
-def asympo_spo(
-    old_log_prob: Tensor,
-    log_prob: Tensor,
-    advantages: Tensor,
-    response_mask: Tensor,
-    loss_agg_mode: str = "token-mean",
-    config: Any = None,
-    rollout_is_weights: Tensor | None = None,
-) -> tuple[Tensor, dict[str, Any]]:
-    """Scaled Policy Optimization as a verl policy loss; otherwise as :func:`asympo`."""
-    scale = config.policy_loss.get("negative_scale")
-    objective = SPO() if scale is None else SPO(negative_scale=scale)
-    return _loss(objective, log_prob, advantages, response_mask, config, rollout_is_weights)
-
-
-def _loss(
-    objective: Objective, log_prob: Tensor, advantages: Tensor, mask: Tensor, config: Any, is_weights: Tensor | None
-) -> tuple[Tensor, dict[str, Any]]:
-    if is_weights is not None:
-        raise ConfigError(
-            f"{objective.name} takes no importance weights. Set algorithm.rollout_correction.rollout_is=null."
+        Raises:
+            BatchError: no global batch size, or advantages that differ inside a response.
+            ConfigError: importance weights are on, or the option is out of range.
+        """
+        value = config.policy_loss.get(option)
+        objective = kind() if value is None else kind(**{option: value})
+        if rollout_is_weights is not None:
+            raise ConfigError(
+                f"{objective.name} takes no importance weights. Set algorithm.rollout_correction.rollout_is=null."
+            )
+        scale = config.global_batch_info
+        if scale.get("global_batch_size") is None:
+            raise BatchError(
+                "verl handed over no global_batch_size, so micro-batches would be averaged, not added. Use a trainer "
+                "that fills config.global_batch_info (verl 0.9: workers/utils/losses.py)."
+            )
+        terms, figures = padded_token_loss(objective, log_prob, response_mask, advantages)
+        loss = core_algos.agg_loss(
+            loss_mat=terms,
+            loss_mask=response_mask,
+            loss_agg_mode=_AGGREGATION,
+            dp_size=scale["dp_size"],
+            global_batch_size=scale["global_batch_size"],
         )
-    scale = config.global_batch_info
-    if scale.get("global_batch_size") is None:
-        raise BatchError(
-            "verl handed over no global_batch_size, so micro-batches would be averaged, not added. Use a trainer that "
-            "fills config.global_batch_info (verl 0.9: workers/utils/losses.py)."
-        )
-    terms, figures = padded_token_loss(objective, log_prob, mask, advantages)
-    loss = core_algos.agg_loss(
-        loss_mat=terms,
-        loss_mask=mask,
-        loss_agg_mode=_AGGREGATION,
-        dp_size=scale["dp_size"],
-        global_batch_size=scale["global_batch_size"],
-    )
-    return loss, {f"actor/{objective.name}/{name}": value for name, value in figures.items()}
+        return loss, {f"actor/{objective.name}/{name}": value for name, value in figures.items()}
+
+    return policy_loss
+
+
+asympo = _policy_loss(ASymPO, "nll_floor")
+asympo_spo = _policy_loss(SPO, "negative_scale")
 
 
 def _check_hook() -> None:
@@ -138,11 +127,11 @@ def register() -> None:
     """
     try:
         _check_hook()
-        for function in (asympo, asympo_spo):
-            taken = core_algos.POLICY_LOSS_REGISTRY.get(function.__name__)
+        for name, function in {"asympo": asympo, "asympo_spo": asympo_spo}.items():
+            taken = core_algos.POLICY_LOSS_REGISTRY.get(name)
             if taken is not None and taken.__module__ != __name__:
-                raise IntegrationError(f"verl already has a policy loss {function.__name__!r} of {taken.__module__}.")
-            core_algos.register_policy_loss(function.__name__)(function)
+                raise IntegrationError(f"verl already has a policy loss {name!r} of {taken.__module__}.")
+            core_algos.register_policy_loss(name)(function)
     except Exception as error:
         _LOG.error("asympo_megatron: the losses asympo and asympo_spo are not registered with verl: %s", error)
         if isinstance(error, IntegrationError):

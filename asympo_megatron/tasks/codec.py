@@ -10,6 +10,9 @@ from asympo_megatron.config import Config
 from asympo_megatron.errors import TaskError
 from asympo_megatron.tasks.items import Item, Messages
 
+_TURN = "[[turn]]"
+"""Stands for what the model said where a chat template is asked what it puts behind that."""
+
 
 @dataclass(frozen=True)
 class Codec:
@@ -23,6 +26,7 @@ class Codec:
             rollout.sampling.stop_token_ids.
         template: chat | plain.
         system_prompt: system message of the chat template; a first paragraph with template plain.
+        reply_role: role of an environment's replies in the chat template.
     """
 
     tokenizer: Any
@@ -31,6 +35,7 @@ class Codec:
     stop_token_ids: tuple[int, ...]
     template: str = "chat"
     system_prompt: str | None = None
+    reply_role: str = "user"
 
     @classmethod
     def load(cls, config: Config, model_dir: Path) -> "Codec":
@@ -57,6 +62,7 @@ class Codec:
             stop_token_ids=tuple(sorted(stops)),
             template=config.task.template,
             system_prompt=config.task.system_prompt,
+            reply_role=config.task.reply_role,
         )
         codec.check_ids(codec.stop_token_ids, "stop tokens (tokenizer and rollout.sampling.stop_token_ids)")
         return codec
@@ -77,6 +83,52 @@ class Codec:
         """Ids of a reference answer as the model should produce it, with the end token."""
         ids = [*self.tokenizer.encode(text, add_special_tokens=False), self.eos_id]
         self.check_ids(ids, "a reference answer")
+        return ids
+
+    def render_reply(self, text: str) -> str:
+        """An environment's reply as it follows a turn of the model: with template chat, from the end-of-turn token of
+        that turn to where the next one starts; with template plain, the text itself.
+
+        Raises:
+            TaskError: the chat template refuses such a conversation.
+        """
+        if self.template == "plain":
+            return text
+        messages = [
+            {"role": "user", "content": "?"},
+            {"role": "assistant", "content": _TURN},
+            {"role": self.reply_role, "content": text},
+        ]
+        try:
+            rendered = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # templates raise what they like
+            raise TaskError(
+                f"the chat template takes no message of role {self.reply_role!r} after one of the assistant ({error}). "
+                "Set task.reply_role to a role it knows, or task.template=plain."
+            ) from error
+        _, found, rest = rendered.partition(_TURN)
+        if not found:
+            raise TaskError("the chat template drops what the assistant said. Set task.template=plain.")
+        return rest
+
+    def encode_reply(self, turn: Sequence[int], text: str) -> list[int]:
+        """Ids that follow the ids of a turn, up to where the model's next turn starts.
+
+        The template's end-of-turn token is among them only where the model did not sample it itself (it stopped at
+        another token): it was not the model's choice, so it belongs to the untrained tokens.
+
+        Raises:
+            TaskError: no token, an id outside the vocabulary, or characters that the tokenizer cannot express.
+        """
+        ids = self.tokenizer.encode(self.render_reply(text), add_special_tokens=False)
+        if self.template == "chat":
+            end = next((place for place, token in enumerate(ids) if token in self.stop_token_ids), None)
+            if end is not None and turn[-1] == ids[end]:
+                ids = ids[end + 1 :]
+        self.check_ids(ids, "a reply")
+        if not ids or self.has_unknown(ids):
+            what = "characters outside the vocabulary" if ids else "no token"
+            raise TaskError(f"a reply with {what}: {text[:200]!r}. Let the environment say something else.")
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:

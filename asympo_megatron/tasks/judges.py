@@ -74,14 +74,14 @@ def _as_expression(text: str) -> str:
 
 
 class FunctionJudge:
-    """A user's function: {"prompts", "responses", "answers", "metas"} -> list of rewards."""
+    """A user's function: {"arguments"} -> what it returns."""
 
     def __init__(self, target: str) -> None:
         module, _, name = target.partition(":")
         self._function = getattr(importlib.import_module(module), name)
 
     def __call__(self, job: dict[str, Any]) -> Any:
-        result = self._function(job["prompts"], job["responses"], job["answers"], job["metas"])
+        result = self._function(*job["arguments"])
         if inspect.isawaitable(result):
             return asyncio.run(_await(result))
         return result.tolist() if hasattr(result, "tolist") else result

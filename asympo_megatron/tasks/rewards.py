@@ -9,7 +9,7 @@ from asympo_megatron.errors import RewardError, TaskError, UnknownNameError
 from asympo_megatron.tasks.codec import Codec
 from asympo_megatron.tasks.functions import function_method
 from asympo_megatron.tasks.items import Prompt
-from asympo_megatron.tasks.methods import Exact, Gym, InlineGym, Math, Method
+from asympo_megatron.tasks.methods import Exact, Gym, History, InlineGym, Math, Method
 from asympo_megatron.tasks.reasoning_gym import ReasoningGymSource
 from asympo_megatron.tasks.task import Task
 from asympo_megatron.tasks.workers import WorkerSpec
@@ -36,8 +36,15 @@ class Scorer:
         self._codec = codec
         self._method = method
 
-    async def score(self, prompt: Prompt, responses: Sequence[Sequence[int]]) -> list[float]:
+    async def score(
+        self, prompt: Prompt, responses: Sequence[Sequence[int]], histories: Sequence[History] | None = None
+    ) -> list[float]:
         """Score response ids, in their order.
+
+        Args:
+            prompt: what was asked.
+            responses: ids of the last turn of each response.
+            histories: the turns before it; None: all responses are of one turn.
 
         Raises:
             RewardError: the scorer failed after its retries, or returned something that is not one finite number a
@@ -47,7 +54,8 @@ class Scorer:
             texts = [self._codec.decode(ids) for ids in responses]
         except TaskError as error:
             raise RewardError(f"prompt {prompt.index}: {error}") from error
-        return checked(await self._method.score(prompt, texts), len(texts), prompt)
+        before = [()] * len(texts) if histories is None else histories
+        return checked(await self._method.score(prompt, texts, before), len(texts), prompt)
 
     def metrics(self) -> dict[str, float]:
         """Counts since the start: reward/junk, reward/exhausted, reward/refused, reward/retries."""

@@ -25,6 +25,15 @@ PACKAGES: dict[str, tuple[str, ...]] = {
         "uvicorn",
         "wandb",
     ),
+    "megatron_bridge": (
+        "datasets",
+        "einops",
+        "megatron.energon",
+        "modelopt",
+        "tensorboard",
+        "toml",
+        "transformer_engine",
+    ),
 }
 
 
@@ -58,10 +67,10 @@ class _Finder(MetaPathFinder, Loader):
     """Last of all finders, so that an installed package wins."""
 
     def __init__(self, packages: Sequence[str]) -> None:
-        self._packages = frozenset(packages)
+        self._packages = tuple(f"{name}." for name in packages)
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        if fullname.partition(".")[0] not in self._packages:
+        if not f"{fullname}.".startswith(self._packages):
             return None
         return ModuleSpec(fullname, self, is_package=True)
 
