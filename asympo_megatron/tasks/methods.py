@@ -39,16 +39,18 @@ def extract_answer(text: str) -> str:
 
 
 class Method:
-    """How texts become rewards; ``counts`` are what happened on the way.
-
-    A text is that of a response's last turn; only functions of the user look at the turns before it.
-    """
+    """How texts become rewards; ``counts`` are what happened on the way."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter({"junk": 0, "exhausted": 0, "refused": 0, "retries": 0})
 
-    async def score(self, prompt: Prompt, texts: Texts, histories: Sequence[History]) -> list[float]:
+    async def score(self, prompt: Prompt, texts: Texts) -> list[float]:
         raise NotImplementedError
+
+    async def score_episodes(self, prompt: Prompt, texts: Texts, histories: Sequence[History]) -> list[float]:
+        """Score responses by the texts of their last turns, where the final answer is; what came before is told to
+        functions of the user alone."""
+        return await self.score(prompt, texts)
 
     async def close(self) -> None:
         return None
@@ -57,7 +59,7 @@ class Method:
 class Exact(Method):
     """1 if the extracted answer is the reference answer, white space apart."""
 
-    async def score(self, prompt: Prompt, texts: Texts, histories: Sequence[History]) -> list[float]:
+    async def score(self, prompt: Prompt, texts: Texts) -> list[float]:
         expected = prompt.answer.split()
         return [float(extract_answer(text).split() == expected) for text in texts]
 
@@ -69,7 +71,7 @@ class InlineGym(Method):
         super().__init__()
         self._judge = ReasoningGymJudge(source.dataset)
 
-    async def score(self, prompt: Prompt, texts: Texts, histories: Sequence[History]) -> list[float]:
+    async def score(self, prompt: Prompt, texts: Texts) -> list[float]:
         return [self._score_one(prompt, extract_answer(text)) for text in texts]
 
     def _score_one(self, prompt: Prompt, text: str) -> float:
@@ -113,7 +115,7 @@ class Pooled(Method):
         """The same job for the reference answer, None where there is none."""
         raise NotImplementedError
 
-    async def score(self, prompt: Prompt, texts: Texts, histories: Sequence[History]) -> list[float]:
+    async def score(self, prompt: Prompt, texts: Texts) -> list[float]:
         jobs = (self._score_one(prompt, text) for text in texts)
         results = await asyncio.gather(*jobs, return_exceptions=True)  # every job ends before an error goes up
         for result in results:

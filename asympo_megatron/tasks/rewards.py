@@ -7,7 +7,7 @@ from typing import Any
 from asympo_megatron.config import Config
 from asympo_megatron.errors import RewardError, TaskError, UnknownNameError
 from asympo_megatron.tasks.codec import Codec
-from asympo_megatron.tasks.functions import function_method
+from asympo_megatron.tasks.functions import FunctionReward
 from asympo_megatron.tasks.items import Prompt
 from asympo_megatron.tasks.methods import Exact, Gym, History, InlineGym, Math, Method
 from asympo_megatron.tasks.reasoning_gym import ReasoningGymSource
@@ -55,7 +55,7 @@ class Scorer:
         except TaskError as error:
             raise RewardError(f"prompt {prompt.index}: {error}") from error
         before = [()] * len(texts) if histories is None else histories
-        return checked(await self._method.score(prompt, texts, before), len(texts), prompt)
+        return checked(await self._method.score_episodes(prompt, texts, before), len(texts), prompt)
 
     def metrics(self) -> dict[str, float]:
         """Counts since the start: reward/junk, reward/exhausted, reward/refused, reward/retries."""
@@ -74,7 +74,7 @@ def build_scorer(config: Config, task: Task) -> Scorer:
     """
     settings, reward = config.task, config.task.reward
     if ":" in reward:
-        return Scorer(task.codec, function_method(settings))
+        return Scorer(task.codec, FunctionReward(settings))
     if reward not in BUILT_IN:
         raise UnknownNameError("reward (task.reward; a function is named pkg.mod:fn)", reward, BUILT_IN)
     own = task.source.own_reward if reward == "task" else reward

@@ -17,12 +17,12 @@ from asympo_megatron.config import load_config
 from asympo_megatron.config.schema import TaskConfig
 from asympo_megatron.errors import ConfigError, RewardError, UnknownNameError
 from asympo_megatron.tasks import Prompt, build_scorer
-from asympo_megatron.tasks.functions import AsyncFunction, SyncFunction, function_method
+from asympo_megatron.tasks.functions import AsyncFunction, FunctionReward, SyncFunction
 from asympo_megatron.tasks.rewards import checked
 from asympo_megatron.tasks.workers import WorkerLostError, WorkerPool, WorkerSpec
 
 PROMPT = Prompt(index=4, ids=[1], question="2 + 2?", answer="4", meta={"bonus": 1})
-JOB = {"prompts": ["p"], "responses": ["r"], "answers": ["a"], "metas": [{}]}
+JOB = {"arguments": [["p"], ["r"], ["a"], [{}]]}
 
 
 def settings(function, **changes):
@@ -31,7 +31,7 @@ def settings(function, **changes):
 
 
 def run(method, prompt=PROMPT, texts=("4", "5")):
-    method._wait = tenacity.wait_none()
+    method.function.wait = tenacity.wait_none()
 
     async def score():
         try:
@@ -58,13 +58,13 @@ def pooled(function, *, fenced=False, timeout_s=60.0, jobs=1):
 
 @pytest.mark.parametrize(("function", "kind"), [("equal", SyncFunction), ("equal_async", AsyncFunction)])
 def test_functions_are_called_with_the_whole_group(function, kind):
-    method = function_method(settings(function))
-    assert isinstance(method, kind)
+    method = FunctionReward(settings(function))
+    assert isinstance(method.function, kind)
     assert run(method) == [1.0, 0.0]
 
 
 def test_functions_get_prompt_answer_and_row():
-    assert run(function_method(settings("lengths"))) == [4.0, 4.0]
+    assert run(FunctionReward(settings("lengths"))) == [4.0, 4.0]
 
 
 def test_the_scorer_uses_the_function(shared_spell_task):
@@ -87,12 +87,12 @@ def test_the_scorer_uses_the_function(shared_spell_task):
 )
 def test_a_failed_reward_is_an_error_and_never_zero(function, message):
     with pytest.raises(RewardError, match=message):
-        run(function_method(settings(function)))
+        run(FunctionReward(settings(function)))
 
 
 @pytest.mark.parametrize("function", ["hangs", "hangs_async"])
 def test_time_out(function):
-    method = function_method(settings(function, reward_timeout_s=0.5, reward_retries=1))
+    method = FunctionReward(settings(function, reward_timeout_s=0.5, reward_retries=1))
     with pytest.raises(RewardError, match=rf"{function} failed on prompt 4 in 2 tries .*within .*0.5 s"):
         run(method)
     assert method.counts["retries"] == 1
@@ -100,12 +100,12 @@ def test_time_out(function):
 
 def test_a_function_that_fails_twice_is_tried_again(tmp_path):
     prompt = Prompt(0, [1], "?", "4", {"file": str(tmp_path / "calls"), "failures": 2})
-    method = function_method(settings("flaky", reward_retries=2))
+    method = FunctionReward(settings("flaky", reward_retries=2))
     assert run(method, prompt) == [1.0, 1.0]
     assert method.counts["retries"] == 2
     (tmp_path / "calls").unlink()
     with pytest.raises(RewardError, match="in 2 tries"):
-        run(function_method(settings("flaky", reward_retries=1)), prompt)
+        run(FunctionReward(settings("flaky", reward_retries=1)), prompt)
 
 
 def test_results_of_the_wrong_kind_are_refused():
@@ -128,7 +128,7 @@ def test_results_of_the_wrong_kind_are_refused():
 )
 def test_functions_that_cannot_be_found_are_named_at_the_start(reward, error, message):
     with pytest.raises(error, match=message):
-        function_method(TaskConfig(reward=reward))
+        FunctionReward(TaskConfig(reward=reward))
 
 
 def test_printing_does_not_disturb_the_protocol(capfd):
