@@ -282,6 +282,8 @@ class CheckpointConfig:
     """0: only after the last step."""
     keep_last: int = 2
     """Checkpoints kept."""
+    async_save: bool = False
+    """Write them from a copy in host memory while training goes on."""
     resume: bool = True
     """Continue from the newest complete checkpoint of the run directory."""
 

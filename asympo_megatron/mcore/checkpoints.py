@@ -4,18 +4,32 @@ import logging
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch.distributed as dist
 
 from asympo_megatron.errors import CheckpointError
-from asympo_megatron.mcore.checkpoint import TEMPORARY
+from asympo_megatron.mcore.checkpoint_save import TEMPORARY, Saving, remove_leftovers
 from asympo_megatron.mcore.learner import Learner
 from asympo_megatron.mcore.marker import read_marker
 
 log = logging.getLogger(__name__)
 
 _NAME = re.compile(r"step_(\d{6,})$")
+
+
+@dataclass(frozen=True)
+class Saved:
+    """Checkpoints of a run after a save.
+
+    Args:
+        step: of the newest.
+        oldest_step: of the oldest that is kept.
+    """
+
+    step: int
+    oldest_step: int
 
 
 class Checkpoints:
@@ -28,6 +42,7 @@ class Checkpoints:
 
     def __init__(self, root: str | Path, keep_last: int) -> None:
         self.root, self._keep_last = Path(root), keep_last
+        self._pending: tuple[int, Saving | None] | None = None
 
     def save(self, learner: Learner) -> int:
         """Collective: save the learner's state unless this step is saved already, then remove the oldest ones.
@@ -35,11 +50,49 @@ class Checkpoints:
         Returns:
             Step of the oldest checkpoint that is kept.
         """
+        self.begin(learner, background=False)
+        return self.complete().oldest_step
+
+    def begin(self, learner: Learner, *, background: bool) -> None:
+        """Collective: take the learner's state; the checkpoint appears with :meth:`complete`.
+
+        Args:
+            background: write it in a thread (see ``checkpoint_save.Saving``) while the learner trains on.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+        assert self._pending is None, "complete() the checkpoint before"  # one copy of the state in memory, not more
         directory = self.root / f"step_{learner.step_count:06d}"
+        saving = None
         if self._from_rank0(lambda: int(not _is_complete(directory))):
             self._from_rank0(lambda: self._clear(directory))
-            learner.save(directory)
-        return self._from_rank0(self._prune)
+            if background:
+                saving = Saving(learner, directory, background=True)
+            else:
+                learner.save(directory)
+        self._pending = (learner.step_count, saving)
+
+    @property
+    def pending(self) -> bool:
+        """Whether a checkpoint is begun and not complete; the same on every rank."""
+        return self._pending is not None
+
+    def ready(self, *, wait: bool) -> bool:
+        """Collective: whether the threads of all ranks have written the checkpoint that is begun, or wait for them."""
+        _, saving = self._begun()
+        return saving is None or saving.written(wait=wait)
+
+    def complete(self) -> Saved:
+        """Collective: give the checkpoint that is begun its name, when it is written, and remove the oldest ones.
+
+        Raises:
+            CheckpointError: it could not be written. The one before is the newest, and nothing of it stays.
+        """
+        (step, saving), self._pending = self._begun(), None
+        if saving is not None:
+            saving.complete()
+        return Saved(step, self._from_rank0(self._prune))
 
     def newest(self) -> Path | None:
         """Collective: the newest complete checkpoint, or None. Incomplete ones are skipped with a warning."""
@@ -64,8 +117,13 @@ class Checkpoints:
                 return root / f"step_{step:06d}"
         raise CheckpointError(f"{path} holds no complete checkpoint. Check model.init.")
 
+    def _begun(self) -> tuple[int, Saving | None]:
+        assert self._pending is not None, "begin() comes first"
+        return self._pending
+
     def _clear(self, directory: Path) -> int:
         shutil.rmtree(directory, ignore_errors=True)
+        remove_leftovers(self.root)
         return 0
 
     def _prune(self) -> int:
@@ -75,8 +133,7 @@ class Checkpoints:
             # Renamed first: a crash in the middle of the removal must not leave a checkpoint that looks whole.
             doomed = self.root / f"step_{step:06d}{TEMPORARY}"
             (self.root / f"step_{step:06d}").rename(doomed)
-        for leftover in self.root.glob(f"step_*{TEMPORARY}"):
-            shutil.rmtree(leftover, ignore_errors=True)
+        remove_leftovers(self.root)
         return complete[-self._keep_last :][0]
 
     @staticmethod

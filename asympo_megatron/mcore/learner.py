@@ -14,7 +14,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from asympo_megatron.config import Config
 from asympo_megatron.errors import AsympoError, BatchError, ConfigError, NonFiniteLossError, UnknownNameError
-from asympo_megatron.mcore import checkpoint, cpu
+from asympo_megatron.mcore import checkpoint, checkpoint_save, cpu
 from asympo_megatron.mcore.checksum import weights_checksum
 from asympo_megatron.mcore.collate import LOGPROBS, MicroBatch, Row, check_rows, collate
 from asympo_megatron.mcore.layout import Layout
@@ -163,7 +163,7 @@ class Learner:
         Raises:
             CheckpointError: it could not be written completely; nothing half-written is left under that name.
         """
-        checkpoint.save(self, Path(directory))
+        checkpoint_save.save(self, Path(directory))
 
     def load(self, directory: str | Path, weights_only: bool = False) -> None:
         """Continue from a checkpoint, or (``weights_only``) start anew from its weights. Any layout may load it.

@@ -46,12 +46,14 @@ class TrainingLoop:
                 checksum = self._train_step(step)
         except (NonFiniteLossError, PreemptedError):
             self._checkpoint()  # the state between two steps is whole: keep it
+            self._settle(wait=True)
             raise
+        self._settle(wait=True)
         self._rows.finish(self._source.finish(self._learner.step_count))
 
     def _train_step(self, step: int) -> str:
         clock = _Clock()
-        lease = self._source.lease(step)
+        lease = self._source.lease(step, lambda: self._settle(wait=False))
         microbatches = self._fetch(lease)
         clock.lap("time/wait_s")
         for which in self._learner.passes:
@@ -63,6 +65,7 @@ class TrainingLoop:
         clock.lap("time/checksum_s")
         self._publish(checksum)
         clock.lap("time/publish_s")
+        self._settle(wait=False)
         if self._checkpoint_due(step + 1):
             self._checkpoint()
         clock.lap("time/checkpoint_s")
@@ -95,9 +98,20 @@ class TrainingLoop:
         return step == self._config.run.steps or (interval > 0 and step % interval == 0)
 
     def _checkpoint(self) -> None:
+        """Save; with ``checkpoint.async_save`` in the background, one at a time."""
+        self._settle(wait=True)
         self._source.fence()
-        oldest_step = self._checkpoints.save(self._learner)
-        self._source.commit(self._learner.step_count, oldest_step)
+        background = self._config.checkpoint.async_save
+        self._checkpoints.begin(self._learner, background=background)
+        if not background:
+            self._settle(wait=True)
+
+    def _settle(self, *, wait: bool) -> None:
+        """Complete and commit the checkpoint that is begun, if there is one and it is written."""
+        if self._checkpoints.pending and self._checkpoints.ready(wait=wait):
+            self._source.fence()  # a trainer that was stopped while it wrote must not name a checkpoint
+            saved = self._checkpoints.complete()
+            self._source.commit(saved.step, saved.oldest_step)
 
 
 def _row(sample: protocol.Sample, advantage: float) -> Row:

@@ -1,5 +1,6 @@
 """Where the groups of a step come from: the controller, or a file or task that the trainer reads itself."""
 
+from collections.abc import Callable
 from typing import Protocol
 
 import msgspec
@@ -21,15 +22,15 @@ Rows = list[tuple[int, int]]
 class Source(Protocol):
     """attach -> lease(s) -> samples(s) ... fence -> commit(s) -> finish. Collective: every rank makes every call.
 
-    ``fence`` raises StaleIncarnationError where another trainer has taken the run over: it comes before anything is
-    written that a replacement reads.
+    ``lease`` calls ``idle`` while it waits, on all ranks alike. ``fence`` raises StaleIncarnationError where another
+    trainer has taken the run over: it comes before anything is written that a replacement reads.
     """
 
     incarnation: int
 
     def attach(self, resumed_step: int) -> None: ...
 
-    def lease(self, step: int) -> protocol.LeaseReply: ...
+    def lease(self, step: int, idle: Callable[[], None]) -> protocol.LeaseReply: ...
 
     def samples(self, step: int, rows: Rows) -> list[protocol.Sample]: ...
 
@@ -60,7 +61,7 @@ class ControllerSource:
         """A repeated commit changes nothing, and is refused once a replacement has attached."""
         self._exchange.from_rank0(lambda: self._client.commit(self._fence), None)
 
-    def lease(self, step: int) -> protocol.LeaseReply:
+    def lease(self, step: int, idle: Callable[[], None] = lambda: None) -> protocol.LeaseReply:
         """Blocks until the batch is complete. Every poll is shared: a rank that waits longer runs into a time-out."""
         figures: list[protocol.Evaluation] = []
         while True:
@@ -69,6 +70,7 @@ class ControllerSource:
             if reply.ready:
                 return msgspec.structs.replace(reply, evaluations=figures)
             self._preemption.check()
+            idle()
 
     def samples(self, step: int, rows: Rows) -> list[protocol.Sample]:
         request = protocol.PayloadRequest(self.incarnation, step, rows)
@@ -116,7 +118,7 @@ class LocalSource:
     def attach(self, resumed_step: int) -> None:
         """Nothing to take over: the groups depend on the step alone."""
 
-    def lease(self, step: int) -> protocol.LeaseReply:
+    def lease(self, step: int, idle: Callable[[], None]) -> protocol.LeaseReply:
         groups = self._groups_of(step)
         self._groups = {group.group_id: group for group in groups}
         responses = [row for group in groups for row in manifest_of(group, self._config.advantage.estimator)]

@@ -102,6 +102,29 @@ def test_any_layout_loads_what_any_layout_saved(tmp_path: Path, reference: dict[
     assert two["tensor"]["checksums"][0] == two["pipeline"]["checksums"][0] == reference["checksums"][2]
 
 
+@pytest.mark.slow
+def test_three_steps_under_tensor_parallelism_go_on_elsewhere(tmp_path: Path) -> None:
+    """Saved at TP 2 with a distributed optimizer; continued at PP 2, DP 2 and TP 2 as if uninterrupted."""
+    sharded, path = {"optimizer": {"distributed": True}}, str(tmp_path / "step")
+    tensor = {"config": {"parallel": {"tensor": 2}, **sharded}}
+    cases = {
+        "straight": {**tensor, "steps": 6, "save_at": 3, "save": path},
+        "pipeline": {"config": {"parallel": {"pipeline": 2}, **sharded}, "steps": 3, "load": path},
+        "data": {"config": sharded, "steps": 3, "load": path},
+        "tensor": {**tensor, "steps": 3, "load": path},
+    }
+    for results in run_ranks(f"{PROGRAM}:train_cases", 2, {"cases": cases}, timeout_s=400):
+        straight = results.pop("straight")
+        for name, resumed in results.items():
+            assert resumed["checksums"][0] == straight["checksums"][3], name
+            for got, wanted in zip(resumed["figures"], straight["figures"][3:], strict=True):
+                assert got["loss"] == pytest.approx(wanted["loss"], abs=1e-6), name
+                # ASymPO's loss is the same for any weights: these are not
+                assert got["J"] == pytest.approx(wanted["J"], abs=1e-5), name
+                assert got["entropy"] == pytest.approx(wanted["entropy"], abs=1e-5), name
+                assert got["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-5), name
+
+
 def test_padded_buckets_resume_bit_exactly(tmp_path: Path) -> None:
     """Tied embeddings over two stages have a bucket of their own, which is padded: what follows must not shift."""
     case: dict[str, Any] = {"config": {"parallel": {"pipeline": 2}, "optimizer": {"distributed": True}}}
