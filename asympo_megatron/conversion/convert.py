@@ -19,9 +19,8 @@ from asympo_megatron.config import Config
 from asympo_megatron.conversion.hf_files import HFFiles
 from asympo_megatron.conversion.names import Entry, entries
 from asympo_megatron.conversion.places import Place, find_places
-from asympo_megatron.conversion.plain_pickle import load_arguments
 from asympo_megatron.conversion.tensors import hf_shapes, join_from_hf, split_for_hf
-from asympo_megatron.conversion.torch_dist import COMMON, TorchDistFiles, write_torch_dist
+from asympo_megatron.conversion.torch_dist import TorchDistFiles, write_torch_dist
 from asympo_megatron.errors import AsympoError, CheckpointError, PublishError
 from asympo_megatron.mcore import marker as markers
 from asympo_megatron.mcore.checksum import WholeChecksum
@@ -149,8 +148,8 @@ class MegatronWeights:
         self.model_files = find_model_files(self.directory, model_files)
         hf_config = read_config(self.model_files)
         self.facts = read_hf_config(hf_config)
-        _check_arguments(self.directory, self.facts)
         self._files = TorchDistFiles(self.directory)
+        _check_arguments(self.directory, self._files.arguments(), self.facts)
         self._places: Mapping[str, Place] = {place.name: place for place in find_places(Config(), hf_config)}
         unread = self._files.unread(self._places.values())
         if unread:
@@ -213,14 +212,8 @@ def find_model_files(directory: Path, given: str | Path | None) -> Path:
     )
 
 
-def _check_arguments(directory: Path, facts: ModelFacts) -> None:
+def _check_arguments(directory: Path, stored: Mapping[str, Any], facts: ModelFacts) -> None:
     """Megatron-LM stores its arguments: a config.json of another model is noticed by name, not by shape."""
-    if not (directory / COMMON).is_file():
-        return
-    try:
-        stored = load_arguments(directory / COMMON)
-    except Exception as error:  # a damaged pickle raises many kinds
-        raise CheckpointError(f"{directory / COMMON} cannot be read: {error!r}. Copy it again.") from error
     for name, fact in _STORED.items():
         value, wanted = stored.get(name), getattr(facts, fact)
         if isinstance(value, int) and value != wanted:

@@ -4,7 +4,7 @@ import io
 import pickle
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch.distributed.checkpoint.metadata import Metadata
@@ -51,12 +51,14 @@ def load_metadata(file: Path) -> Metadata:
     return metadata
 
 
-def load_arguments(file: Path) -> dict[str, Any]:
-    """The training arguments that Megatron-LM keeps in ``common.pt``, as plain values; empty if there are none.
+def load_arguments(stream: BinaryIO) -> dict[str, Any]:
+    """The training arguments of Megatron-LM in the state shared by all ranks, as plain values; empty if there are none.
 
     Objects of any class become inert: their attributes are kept, their class is not imported.
     """
-    state = torch.load(file, map_location="cpu", weights_only=False, pickle_module=_Inert)
+    state = torch.load(stream, map_location="cpu", weights_only=False, pickle_module=_Inert)
+    if isinstance(state, list) and len(state) == 1:  # a sharded object lists its shards
+        (state,) = state
     arguments = state.get("args") if isinstance(state, dict) else None
     return dict(vars(arguments)) if isinstance(arguments, SimpleNamespace) else {}
 

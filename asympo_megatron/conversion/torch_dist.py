@@ -4,6 +4,7 @@ Megatron's own reader unpickles whatever the files say. A checkpoint that comes 
 few classes that describe tensors are unpickled (``plain_pickle``), and weights by PyTorch's weights-only loader.
 """
 
+import io
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -33,11 +34,13 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from asympo_megatron.conversion.places import Place
-from asympo_megatron.conversion.plain_pickle import UnsafePickleError, load_metadata
+from asympo_megatron.conversion.plain_pickle import UnsafePickleError, load_arguments, load_metadata
 from asympo_megatron.errors import CheckpointError
 from asympo_megatron.mcore.shards import VOCABULARY
 
 METADATA, CONFIG, COMMON = ".metadata", "metadata.json", "common.pt"
+SHARED_STATE = "common_state/shard_0_1"
+"""What ``common.pt`` holds, as Megatron-Core 0.19 keeps it: a pickle among the tensors."""
 
 _CONFIG = {
     "sharded_backend": "torch_dist",
@@ -86,6 +89,25 @@ class TorchDistFiles:
         with self._readable(key):
             self._reader.read_data(LoadPlan(items), _Into(whole))
         return whole.reshape(place.shape)
+
+    def arguments(self) -> dict[str, Any]:
+        """Training arguments that Megatron-LM stored, read without importing a class of theirs; empty if none are.
+
+        Raises:
+            CheckpointError: what holds them is damaged.
+        """
+        file, start, size = self.directory / COMMON, 0, -1
+        if not file.is_file():
+            place = self._metadata.storage_data.get(MetadataIndex(SHARED_STATE))
+            if place is None:
+                return {}
+            file, start, size = self.directory / place.relative_path, place.offset, place.length
+        try:
+            with file.open("rb") as stream:
+                stream.seek(start)
+                return load_arguments(io.BytesIO(stream.read(size)))
+        except Exception as error:  # a damaged pickle raises many kinds
+            raise CheckpointError(f"{file} cannot be read: {error!r}. Copy it again.") from error
 
     def unread(self, places: Iterable[Place]) -> list[str]:
         """Keys of model tensors that belong to none of ``places``: another architecture would lose them silently."""

@@ -2,6 +2,7 @@
 
 import argparse
 import enum
+import inspect
 import json
 import os
 import pickle
@@ -21,7 +22,7 @@ from asympo_megatron.config import Config, override_config
 from asympo_megatron.conversion import hf_to_megatron, load_hf, megatron_to_hf
 from asympo_megatron.conversion.convert import MODEL_FILES
 from asympo_megatron.conversion.hf_files import INDEX, SINGLE
-from asympo_megatron.conversion.torch_dist import COMMON, CONFIG, METADATA
+from asympo_megatron.conversion.torch_dist import COMMON, CONFIG, METADATA, SHARED_STATE
 from asympo_megatron.errors import AsympoError, CheckpointError, ConfigError
 from asympo_megatron.mcore import shutdown
 from asympo_megatron.mcore.marker import MARKER
@@ -98,11 +99,13 @@ def test_the_layout_is_checked_against_the_model(make_hf: MakeHF, tmp_path: Path
     assert not (tmp_path / "m").exists()
 
 
-def test_a_foreign_checkpoint_that_keeps_layers_apart(make_hf: MakeHF, tmp_path: Path) -> None:
-    """As Megatron-LM writes it: numbered iterations, padded vocabulary, one key a layer, arguments in common.pt."""
+@pytest.mark.parametrize("arguments", [COMMON, SHARED_STATE])
+def test_a_foreign_checkpoint_that_keeps_layers_apart(make_hf: MakeHF, tmp_path: Path, arguments: str) -> None:
+    """As Megatron-LM writes it: numbered iterations, padded vocabulary, one key a layer, arguments in either place."""
     _, source = make_hf("qwen3")
     foreign = tmp_path / "run" / "iter_0000020"
-    _save_as_megatron_lm(source, foreign)
+    _save_as_megatron_lm(source, foreign, arguments, tmp_path / "touched")
+    assert (foreign / COMMON).exists() == (arguments == COMMON)
     (tmp_path / "run" / "latest_checkpointed_iteration.txt").write_text("20")
     megatron_to_hf(tmp_path / "run", tmp_path / "back", model_files=source)
     _same_tensors(source, tmp_path / "back")
@@ -112,23 +115,21 @@ def test_a_foreign_checkpoint_that_keeps_layers_apart(make_hf: MakeHF, tmp_path:
     shutil.copytree(source, wrong)
     config = json.loads((wrong / "config.json").read_text())
     (wrong / "config.json").write_text(json.dumps({**config, "intermediate_size": 64}))
-    # Megatron-Core 0.19 keeps the arguments elsewhere, where they are not read: shapes tell the difference, too.
-    words = r"trained with ffn_hidden_size=48, but config.json says 64"
-    if not (foreign / "common.pt").exists():
-        words = r"linear_fc1.weight has shape \(96, 32\), but config.json says \(128, 32\)"
-    with pytest.raises(CheckpointError, match=words):
+    with pytest.raises(CheckpointError, match=r"trained with ffn_hidden_size=48, but config.json says 64"):
         megatron_to_hf(foreign, tmp_path / "other", model_files=wrong)
     assert not (tmp_path / "other").exists()
+    assert not (tmp_path / "touched").exists(), "code among the arguments was run"
 
 
 class _Backend(enum.Enum):
     FLASH = 1
 
 
-def _save_as_megatron_lm(source: Path, directory: Path) -> None:
+def _save_as_megatron_lm(source: Path, directory: Path, place: str, touched: Path) -> None:
     from megatron.core import dist_checkpointing, parallel_state
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
 
-    from asympo_megatron.mcore.checkpoint import in_process_results
+    from asympo_megatron.mcore.checkpoint_save import in_process_results
     from asympo_megatron.mcore.model import unwrap
 
     _, learner = build(json.loads((source / "config.json").read_text()))
@@ -139,10 +140,17 @@ def _save_as_megatron_lm(source: Path, directory: Path) -> None:
     embedding = state["embedding.word_embeddings.weight"]
     embedding.data = torch.cat([embedding.data, torch.zeros(57, 32)])  # 71 rows padded to 128
     embedding.local_shape, embedding.global_shape = (128, 32), (128, 32)
-    arguments = argparse.Namespace(num_layers=2, ffn_hidden_size=48, attention_backend=_Backend.FLASH)
+    arguments = argparse.Namespace(num_layers=2, ffn_hidden_size=48, backend=_Backend.FLASH, evil=_Evil(touched))
+    shared = {"args": arguments, "iteration": 20}
+    whole = {"model": state, "common_state": ShardedObject("common_state", shared, (1,), (0,))}
     directory.mkdir(parents=True)
     with in_process_results():
-        dist_checkpointing.save({"model": state, "args": arguments, "iteration": 20}, str(directory))
+        # Megatron-Core 0.19 puts what is not sharded there itself.
+        newest = "async_strategy" in inspect.signature(dist_checkpointing.save).parameters
+        dist_checkpointing.save({"model": state, **shared} if newest else whole, str(directory))
+    (directory / COMMON).unlink(missing_ok=True)
+    if place == COMMON:
+        torch.save(shared, directory / COMMON)
     shutdown()
 
 
