@@ -72,11 +72,7 @@ class AsympoGRPOConfig(GRPOConfig):
 
 
 class AsympoPPOActor(PPOActor):
-    """AReaL's actor with an objective.
-
-    Raises:
-        ConfigError: a setting that this loss has no use for; the message names it.
-    """
+    """AReaL's actor with an objective; ConfigError names a setting that this loss has no use for."""
 
     def __init__(self, config: AsympoActorConfig, engine: Any) -> None:
         require_off(config, _OFF, "actor.")

@@ -46,7 +46,7 @@ def gather_responses(
     advantage_T: Tensor,
     response_ids_T: Tensor,
     num_responses: int,
-    **logprobs_T: Tensor,
+    **logprobs_T: Tensor | None,
 ) -> ResponseBatch:
     """The batch of whole responses: advantages by :func:`response_value`, trained tokens counted.
 
@@ -59,12 +59,10 @@ def gather_responses(
     Raises:
         BatchError: the advantages of a response differ.
     """
-    slot_T = torch.where(response_ids_T < 0, num_responses, response_ids_T)
+    count_R = torch.zeros(num_responses, dtype=torch.int64, device=response_ids_T.device)
+    count_R.index_add_(0, response_ids_T.clamp(min=0), (response_ids_T >= 0).long())
     return ResponseBatch(
-        response_ids_T=response_ids_T,
-        advantage_R=response_value(advantage_T, response_ids_T, num_responses),
-        token_count_R=torch.bincount(slot_T, minlength=num_responses + 1)[:num_responses],
-        **logprobs_T,
+        response_ids_T, response_value(advantage_T, response_ids_T, num_responses), count_R, **logprobs_T
     )
 
 

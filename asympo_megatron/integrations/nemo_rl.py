@@ -21,9 +21,8 @@ from nemo_rl.algorithms.loss.interfaces import LossInputType, LossType
 from nemo_rl.algorithms.loss.loss_functions import ClippedPGLossFn
 from torch import Tensor
 
-from asympo_megatron.batch import ResponseBatch
 from asympo_megatron.errors import ConfigError, IntegrationError
-from asympo_megatron.integrations.broadcast import padded_ids, response_value
+from asympo_megatron.integrations.broadcast import gather_responses, padded_ids
 from asympo_megatron.objectives import build_objective
 
 _SOURCES = {
@@ -66,12 +65,7 @@ class ASymPOLoss:
         mask_RL = data["token_mask"][:, 1:] * data["sample_mask"][:, None]
         ids_T = padded_ids(mask_RL)
         needed = {name: data[_SOURCES[name]][:, 1:].flatten().float() for name in self.objective.needs}
-        batch = ResponseBatch(
-            response_ids_T=ids_T,
-            advantage_R=response_value(data["advantages"][:, 1:].flatten().float(), ids_T, mask_RL.shape[0]),
-            token_count_R=(mask_RL > 0).sum(1),
-            **needed,
-        )
+        batch = gather_responses(data["advantages"][:, 1:].flatten().float(), ids_T, mask_RL.shape[0], **needed)
         out = self.objective(-next_token_logprobs.flatten(), batch)
         total = global_valid_toks if self.loss_type is LossType.TOKEN_LEVEL else global_valid_seqs
         loss = out.loss_sum / total

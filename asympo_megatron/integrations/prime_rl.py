@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from prime_rl.trainer.rl.loss import LossInputs, LossOutputs
 
-from asympo_megatron.batch import UNTRAINED, ResponseBatch
+from asympo_megatron.batch import UNTRAINED
 from asympo_megatron.errors import ConfigError
-from asympo_megatron.integrations.broadcast import require, response_value
+from asympo_megatron.integrations.broadcast import gather_responses, require
 from asympo_megatron.objectives import build_objective
 
 
@@ -50,11 +50,10 @@ def asympo_loss(
             (~mask_T | (inputs.loss_weights == 1)).all(),
             "rl_weights other than 0 and 1: a weight per token has no meaning for a loss per response. Remove them.",
         )
-    ids_T = torch.where(mask_T, 0, UNTRAINED)
-    batch = ResponseBatch(
-        response_ids_T=ids_T,
-        advantage_R=response_value(inputs.advantages.float(), ids_T, 1),
-        token_count_R=mask_T.sum(dtype=torch.int64)[None],
+    batch = gather_responses(
+        inputs.advantages.float(),
+        torch.where(mask_T, 0, UNTRAINED),
+        1,
         behavior_logprob_T=inputs.inference_logprobs.float(),
         reference_logprob_T=None if inputs.ref_logprobs is None else inputs.ref_logprobs.float(),
     )

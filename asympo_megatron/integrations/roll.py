@@ -23,9 +23,9 @@ from typing import Any, ClassVar
 from roll.pipeline.rlvr.actor_pg_worker import ActorPGWorker
 from torch import Tensor
 
-from asympo_megatron.batch import ResponseBatch
 from asympo_megatron.errors import ConfigError
-from asympo_megatron.integrations.broadcast import padded_ids, response_value
+from asympo_megatron.integrations.broadcast import gather_responses, padded_ids
+from asympo_megatron.integrations.padded import require_off
 from asympo_megatron.objectives import Objective, build_objective
 
 _SOURCES = {
@@ -70,12 +70,8 @@ class ASymPOWorker(ActorPGWorker):
             logits=output_tensor, input_ids=batch["input_ids"], attention_mask=batch["response_mask"]
         )
         ids_T = padded_ids(mask_RL)
-        responses = ResponseBatch(
-            response_ids_T=ids_T,
-            advantage_R=response_value(batch["advantages"].flatten().float(), ids_T, mask_RL.shape[0]),
-            token_count_R=(mask_RL > 0).sum(1),
-            **{name: batch[_SOURCES[name]].flatten().float() for name in self.objective.needs},
-        )
+        needed = {name: batch[_SOURCES[name]].flatten().float() for name in self.objective.needs}
+        responses = gather_responses(batch["advantages"].flatten().float(), ids_T, mask_RL.shape[0], **needed)
         out = self.objective(-log_probs.flatten(), responses)
         if self.objective.normalizer == "tokens":
             total = data.meta_info["batch_num_tokens"][mask_key]
@@ -92,12 +88,7 @@ class ASymPOWorker(ActorPGWorker):
 
     def _check(self) -> None:
         config = self.pipeline_config
-        for name, off in _OFF.items():
-            if getattr(config, name) != off:
-                raise ConfigError(
-                    f"{name} is {getattr(config, name)!r}; {self.objective.name} has no such term, or it would break "
-                    f"the zero sum of a group. Set {name}: {off}."
-                )
+        require_off(config, _OFF)
         if config.train_infer_correction.is_weight.enabled or config.train_infer_correction.filters:
             raise ConfigError(
                 "train_infer_correction corrects for the behavior policy, which the objective does not need. Remove it."

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from asympo_megatron.errors import ConfigError, IntegrationError
-from asympo_megatron.integrations.padded import padded_token_loss, require_no_behavior_data
+from asympo_megatron.integrations.padded import padded_token_loss, require_no_behavior_data, require_off
 from asympo_megatron.objectives import ASymPO, Objective
 
 try:
@@ -67,11 +67,7 @@ class AsympoGRPOTrainer(GRPOTrainer):
         super().__init__(*args, **kwargs)
         self.objective = ASymPO() if objective is None else objective
         require_no_behavior_data(self.objective)
-        for name, off in _OFF.items():
-            if getattr(self.args, name) != off:
-                raise ConfigError(
-                    f"{name} is {getattr(self.args, name)}; this loss has no such term. Set {name}={off}."
-                )
+        require_off(self.args, _OFF)
         if self.args.use_vllm and self.args.vllm_importance_sampling_correction:
             raise ConfigError(
                 "vllm_importance_sampling_correction costs a forward pass whose result this loss does not read. Set "

@@ -14,12 +14,11 @@ the flags) only feed the metrics ``ratio``, ``kl`` and ``clip_ratio``: a rollout
 import inspect
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from asympo_megatron.batch import ResponseBatch
 from asympo_megatron.errors import ConfigError, IntegrationError
-from asympo_megatron.integrations.broadcast import response_value
+from asympo_megatron.integrations.broadcast import gather_responses
 from asympo_megatron.integrations.padded import figures, require_no_behavior_data
 from asympo_megatron.objectives import ASymPO, Objective
 
@@ -89,9 +88,7 @@ def _row(inputs: dict[str, Any], logprob_1S: Tensor) -> tuple[Tensor, ResponseBa
     real = inputs["token_index"] >= 0
     index_T, ids_T = inputs["token_index"][real], inputs["segment_id"][real].long()
     rows = int(ids_T.max()) + 1 if ids_T.numel() else 0
-    count_R = torch.zeros(rows, dtype=torch.int64, device=ids_T.device).index_add_(0, ids_T, torch.ones_like(ids_T))
-    advantage_R = response_value(inputs["advantages"][real], ids_T, rows)
-    return -logprob_1S.flatten()[index_T], ResponseBatch(ids_T, advantage_R, count_R)
+    return -logprob_1S.flatten()[index_T], gather_responses(inputs["advantages"][real], ids_T, rows)
 
 
 def _check_hook() -> None:

@@ -127,8 +127,8 @@ def test_prime_rl_wants_a_scale_and_weights_of_one(adapter):
 
 
 ROLL = [
-    ({"use_kl_loss": True}, "Set use_kl_loss: False"),
-    ({"whiten_advantages": True}, "Set whiten_advantages: False"),
+    ({"use_kl_loss": True}, "Set use_kl_loss=False"),
+    ({"whiten_advantages": True}, "Set whiten_advantages=False"),
     ({"train_infer_correction": Namespace(is_weight=Namespace(enabled=True), filters=[])}, "train_infer_correction"),
 ]
 
