@@ -56,6 +56,7 @@ class World:
     groups_per_step: int = 64
     group_size: int = 8
     steps: int = 60
+    lag_policy: str = "admission"
 
     @property
     def full_tokens_per_s(self) -> float:
@@ -164,13 +165,14 @@ async def _run(world: World, max_lag_steps: int, home: Path) -> Course:
         steps=world.steps,
         max_lag_steps=max_lag_steps,
     )
+    config.rollout.lag_policy = world.lag_policy
     config.rollout.max_in_flight_per_engine = world.engine.slots
     config.rollout.sampling.max_new_tokens = CAP
     lengths, train_s = world.lengths(), world.train_s()
 
     def length_of(request: GenerateRequest) -> int:
         _, _, group, row, _, _ = request.rid.split(".")
-        return int(lengths[int(group), int(row)])
+        return int(lengths[int(group) % len(lengths), int(row)])  # a group more for each that was dropped
 
     async def train() -> None:
         await asyncio.sleep(train_s)

@@ -72,12 +72,17 @@ class Step:
 
     leased_s: float
     trained_s: float
-    tokens: int
-    """Of its responses."""
+    lengths: tuple[int, ...]
+    """Tokens of each response."""
     lag_mean: float
     lag_max: int
     over_bound: int
     """Responses above max_lag_steps."""
+
+    @property
+    def tokens(self) -> int:
+        """Of all its responses."""
+        return sum(self.lengths)
 
 
 class Learner:
@@ -98,11 +103,11 @@ class Learner:
         for step in range(config.run.steps):
             lease = await self._lease(step)
             leased_s = clock()
-            tokens = await self._read(lease)
+            lengths = await self._read(lease)
             await self._train()
             figures = lease.metrics
             lags = (figures["lag/mean"], int(figures["lag/max"]), int(figures["lag/over_bound"]))
-            self.steps.append(Step(leased_s, clock(), tokens, *lags))
+            self.steps.append(Step(leased_s, clock(), lengths, *lags))
             await self._publish(step + 1)
             await controller.commit(protocol.CommitRequest(self._incarnation, step + 1, oldest_step=step + 1))
 
@@ -112,10 +117,10 @@ class Learner:
             if reply.ready:
                 return reply
 
-    async def _read(self, lease: protocol.LeaseReply) -> int:
+    async def _read(self, lease: protocol.LeaseReply) -> tuple[int, ...]:
         rows = [(response.group_id, response.row) for response in lease.responses]
         reply = await self._controller.payload(protocol.PayloadRequest(self._incarnation, lease.step, rows))
-        return sum(len(sample.ids) for sample in reply.samples)
+        return tuple(len(sample.ids) for sample in reply.samples)
 
     async def _publish(self, step: int) -> None:
         checksum = f"weights-{step}"

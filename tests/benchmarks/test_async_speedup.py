@@ -111,7 +111,7 @@ def test_tokens_after_an_update_carry_the_new_version():
 def test_the_bound_by_hand():
     """8 requests at 18 ms an iteration: 444.4 tokens/s. 1,000 tokens a step take 2.25 s; the steps took 2.5."""
     world = replace(SMALL, engine=EngineModel(4, 0.01, 0.002, 0.0), learner_over_engines=0.0)
-    steps = [Step(2.5 * k, 2.5 * k + 1, 1000, 1.0, 2, 1) for k in range(30)]
+    steps = [Step(2.5 * k, 2.5 * k + 1, (400, 600), 1.0, 2, 1) for k in range(30)]
     course = async_speedup.Course(world, 1, steps, [])
     assert course.step_s == 2.5
     assert course.of_bound == pytest.approx(2.25 / 2.5)
