@@ -29,9 +29,12 @@ class Response(msgspec.Struct, frozen=True):
     """1 where the token is trained, 0 for tool and environment tokens (and everywhere for a masked response)."""
     reward: float
     versions: list[VersionSpan] = []
+    """Of the tokens that a model sampled: those of an environment's replies belong to none."""
     behavior_logprobs: list[float] | None = None
     finish_reason: str = "stop"
-    """stop | length (truncated) | abort."""
+    """stop | length (truncated) | turns (task.max_turns) | abort."""
+    turns: int = 1
+    """Of the model: more than one where an environment replied."""
 
     @property
     def trained_tokens(self) -> int:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from asympo_megatron.config import Config, RunDir, load_config, override_config
 
 if TYPE_CHECKING:
-    from asympo_megatron.tasks import Scorer, Task
+    from asympo_megatron.tasks import Environment, Scorer, Task
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -41,18 +41,20 @@ def train(arguments: argparse.Namespace) -> int:
 
 
 def control(arguments: argparse.Namespace) -> int:
-    from asympo_megatron.tasks import build_scorer, load_task, prepare_model_dir
+    from asympo_megatron.tasks import build_environment, build_scorer, load_task, prepare_model_dir
 
     config = _load(arguments)
-    task = scorer = None
+    task = scorer = environment = None
     if config.rollout.source == "engines":
         task = load_task(config, prepare_model_dir(config, RunDir.of(config).path))
-        scorer = build_scorer(config, task)
-    asyncio.run(_control(config, task, scorer))
+        scorer, environment = build_scorer(config, task), build_environment(config, task)
+    asyncio.run(_control(config, task, scorer, environment))
     return 0
 
 
-async def _control(config: Config, task: "Task | None", scorer: "Scorer | None") -> None:
+async def _control(
+    config: Config, task: "Task | None", scorer: "Scorer | None", environment: "Environment | None"
+) -> None:
     from asympo_megatron.rollout import serve_controller
 
     rollout = config.rollout
@@ -65,10 +67,12 @@ async def _control(config: Config, task: "Task | None", scorer: "Scorer | None")
             rollout.engine_urls,
             host=rollout.controller_host,
             port=rollout.controller_port,
+            environment=environment,
         )
     finally:
-        if scorer is not None:
-            await scorer.close()
+        for user_code in (scorer, environment):
+            if user_code is not None:
+                await user_code.close()
 
 
 def engine(arguments: argparse.Namespace) -> int:

@@ -17,9 +17,10 @@ from asympo_megatron.rollout.bell import Background, Bell
 from asympo_megatron.rollout.client import EngineClient
 from asympo_megatron.rollout.collective import Collective
 from asympo_megatron.rollout.controller import Controller
+from asympo_megatron.rollout.episodes import Player
 from asympo_megatron.rollout.evaluator import Evaluator, evaluation_due
 from asympo_megatron.rollout.fleet import Fleet
-from asympo_megatron.rollout.interfaces import Scorer, Task
+from asympo_megatron.rollout.interfaces import Environment, Scorer, Task
 from asympo_megatron.rollout.journal import Journal
 from asympo_megatron.rollout.ledger import Ledger
 from asympo_megatron.rollout.parts import Parts
@@ -41,6 +42,7 @@ def build_controller(
     scorer: Scorer | None,
     engine_urls: Sequence[str] = (),
     *,
+    environment: Environment | None = None,
     verify: Callable[[Path], object] | None = None,
     connect: Callable[[str], EngineClient] | None = None,
     behavior_logprobs: bool | None = None,
@@ -53,6 +55,7 @@ def build_controller(
         run_dir: holds journal.sqlite, unless rollout.journal_dir names another directory.
         task, scorer: prompts and rewards; None for replay.
         engine_urls: engines to begin with.
+        environment: replies to the model's turns, where task.environment names one.
         verify: checks a published weight directory; by default its manifest.
         connect: makes the client of an engine from its url; by default one over HTTP.
         behavior_logprobs: ask engines for log-probs; by default when the objective needs them.
@@ -68,8 +71,9 @@ def build_controller(
         raise ConfigError("rollout.controller_token is empty: set a token, or null for a controller without one.")
     directory = Path(config.rollout.journal_dir or run_dir)
     journal = Journal(RunDir(directory).journal, config.run.name, data_hash(config))
+    given = (task, scorer, environment)
     try:
-        return _assemble(config, journal, task, scorer, engine_urls, verify, connect, behavior_logprobs, backoff_s)
+        return _assemble(config, journal, given, engine_urls, verify, connect, behavior_logprobs, backoff_s)
     except BaseException:
         journal.close()
         raise
@@ -78,14 +82,14 @@ def build_controller(
 def _assemble(
     config: Config,
     journal: Journal,
-    task: Task | None,
-    scorer: Scorer | None,
+    given: tuple[Task | None, Scorer | None, Environment | None],
     engine_urls: Sequence[str],
     verify: Callable[[Path], object] | None,
     connect: Callable[[str], EngineClient] | None,
     behavior_logprobs: bool | None,
     backoff_s: float,
 ) -> Controller:
+    task, scorer, environment = given
     rollout, bell, ledger = config.rollout, Bell(), Ledger(journal)
     background = Background(bell)
     policy = "admission" if rollout.source == "replay" else rollout.lag_policy
@@ -97,6 +101,11 @@ def _assemble(
         return Controller(Parts(*common, ReplaySampler(config, ledger, rule, bell), None, None, None, None), [])
     if rollout.source != "engines" or task is None or scorer is None:
         raise ConfigError(f"rollout.source={rollout.source} needs no controller. Set rollout.controller_url=null.")
+    if (environment is None) != (config.task.environment is None):
+        raise ConfigError(
+            f"task.environment is {config.task.environment}, but the controller was given "
+            f"{'no' if environment is None else 'an'} environment. Make it with tasks.build_environment(config, task)."
+        )
 
     def may_sample(group_id: int) -> bool:
         step = fleet.step
@@ -120,8 +129,9 @@ def _assemble(
         bell,
         background,
     )
-    sampler = GroupSampler(config, task, scorer, ledger, rule, lambda: fleet.step, requester, fleet, bell, background)
-    evaluator = Evaluator(config, task, scorer, requester, fleet, targets, journal, bell)
+    player = Player(requester, environment, config.task.max_turns)
+    sampler = GroupSampler(config, task, scorer, ledger, rule, lambda: fleet.step, player, fleet, bell, background)
+    evaluator = Evaluator(config, task, scorer, player, fleet, targets, journal, bell)
     return Controller(Parts(*common, sampler, syncer, requester, evaluator, scorer), list(engine_urls))
 
 
@@ -134,19 +144,20 @@ async def serve_controller(
     *,
     host: str,
     port: int,
+    environment: Environment | None = None,
     on_ready: Callable[[str], None] | None = None,
 ) -> None:
     """Run the controller until SIGTERM, SIGINT or cancellation.
 
     Args:
-        config, run_dir, task, scorer, engine_urls: see :func:`build_controller`.
+        config, run_dir, task, scorer, engine_urls, environment: see :func:`build_controller`.
         host, port: where to listen; port 0 takes any.
         on_ready: called with the url once calls are answered.
 
     Raises:
         ControllerError: the port is in use, or background work failed; a waiting trainer was told why.
     """
-    controller = build_controller(config, run_dir, task, scorer, engine_urls)
+    controller = build_controller(config, run_dir, task, scorer, engine_urls, environment=environment)
     told, stopped = asyncio.Event(), asyncio.Event()
     runner = web.AppRunner(build_app(controller, config.rollout.controller_token, told.set), access_log=None)
     try:

@@ -3,20 +3,20 @@
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import msgspec
 
 from asympo_megatron.config import Config
-from asympo_megatron.errors import ControllerError, RewardError
+from asympo_megatron.errors import ControllerError, EpisodeError, RewardError
 from asympo_megatron.protocol import Evaluation
 from asympo_megatron.rollout.answer import SamplingParams, check_prompt
 from asympo_megatron.rollout.bell import Bell
+from asympo_megatron.rollout.episodes import Episode, Player, all_or_none
 from asympo_megatron.rollout.fleet import Fleet
 from asympo_megatron.rollout.interfaces import Prompt, Scorer, Task
 from asympo_megatron.rollout.journal import Journal
-from asympo_megatron.rollout.requester import Draft, Requester, Sampled
+from asympo_megatron.rollout.requester import Draft
 from asympo_megatron.rollout.rows import VersionRow
 from asympo_megatron.rollout.sampler import sampling_params, score
 from asympo_megatron.rollout.targets import Targets
@@ -48,7 +48,7 @@ class Evaluator:
         config: of the run.
         task: held-out prompts.
         scorer: rewards; accuracy is their mean.
-        requester: samples answers.
+        player: samples answers.
         fleet: tells when a version is installed.
         targets: versions to evaluate.
         journal: keeps results until a lease reply has carried them.
@@ -60,14 +60,14 @@ class Evaluator:
         config: Config,
         task: Task,
         scorer: Scorer,
-        requester: Requester,
+        player: Player,
         fleet: Fleet,
         targets: Targets,
         journal: Journal,
         bell: Bell,
     ) -> None:
         self._config, self._task, self._scorer = config, task, scorer
-        self._requester, self._fleet, self._targets = requester, fleet, targets
+        self._player, self._fleet, self._targets = player, fleet, targets
         self._journal, self._bell = journal, bell
 
     async def run(self) -> None:
@@ -107,7 +107,8 @@ class Evaluator:
         return result
 
     async def _answer(self, number: int, prompt: Prompt, row: VersionRow) -> "_Judged":
-        """Rewards and lengths of the answers to one prompt; nothing where the scorer failed, which is logged."""
+        """Rewards and lengths of the answers to one prompt; nothing where environment or scorer failed, which is
+        logged."""
         ids, evaluation = list(prompt.ids), self._config.rollout.eval
         check_prompt(ids, self._task.codec.vocab_size, f"held-out prompt {number}")
         sampled = evaluation.samples_per_prompt
@@ -115,18 +116,19 @@ class Evaluator:
         if evaluation.greedy:
             params.append(self._params(0.0, 1.0))
         drafts = [Draft(-1 - number, f"e{number:08d}", k, ids, how, row.version) for k, how in enumerate(params)]
-        answers: Sequence[Sampled] = await asyncio.gather(*(self._pinned(draft) for draft in drafts))
-        self._fleet.forget_group(-1 - number)
         try:
+            answers = await all_or_none(self._pinned(prompt, draft) for draft in drafts)
             rewards = await score(self._scorer, prompt, answers)
-        except RewardError as error:
+        except (EpisodeError, RewardError) as error:
             log.error("held-out prompt %d is left out of the evaluation of step %d: %s", number, row.step, error)
             return _Judged([], [], [])
+        finally:
+            self._fleet.forget_group(-1 - number)
         return _Judged(rewards[:sampled], rewards[sampled:], [len(answer.ids) for answer in answers[:sampled]])
 
-    async def _pinned(self, draft: Draft) -> Sampled:
+    async def _pinned(self, prompt: Prompt, draft: Draft) -> Episode:
         for _ in range(_MAX_SAMPLES):
-            answer = await self._requester.sample(draft)
+            answer = await self._player.play(prompt, draft)
             if {span.version for span in answer.versions} == {draft.version}:
                 return answer
         raise ControllerError(

@@ -7,7 +7,7 @@ import msgspec
 from asympo_megatron.advantages import compute_advantages
 from asympo_megatron.config.schema import SamplingConfig
 from asympo_megatron.records import Group, Response
-from asympo_megatron.rollout.requester import Sampled
+from asympo_megatron.rollout.episodes import Episode
 from asympo_megatron.rollout.rows import StoredGroup
 
 
@@ -28,17 +28,18 @@ def grade(group: Group, sampling: SamplingConfig, estimator: str) -> StoredGroup
 
 
 def raw_group(
-    group_id: int, prompt_index: int, prompt_ids: list[int], answers: Sequence[Sampled], rewards: Sequence[float]
+    group_id: int, prompt_index: int, prompt_ids: list[int], answers: Sequence[Episode], rewards: Sequence[float]
 ) -> Group:
-    """A group as it was sampled: every token trained, rewards as the scorer gave them."""
+    """A group as it was sampled: every sampled token trained, rewards as the scorer gave them."""
     responses = [
         Response(
             ids=answer.ids,
-            mask=[1] * len(answer.ids),
+            mask=answer.mask,
             reward=float(reward),
             versions=answer.versions,
             behavior_logprobs=answer.logprobs,
             finish_reason=answer.finish_reason,
+            turns=answer.turns,
         )
         for answer, reward in zip(answers, rewards, strict=True)
     ]

@@ -3,6 +3,9 @@
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+History = Sequence[tuple[str, str]]
+"""The turns of a response before its last one, each with the reply to it."""
+
 
 class Prompt(Protocol):
     """One prompt of a task, already token ids."""
@@ -38,7 +41,27 @@ class Task(Protocol):
 
 
 class Scorer(Protocol):
-    """Rewards of the responses to one prompt, in their order; raises RewardError rather than guessing."""
+    """Rewards of the responses to one prompt, in their order; raises RewardError rather than guessing. ``responses``
+    are the ids of their last turns; ``histories`` what came before, given where the task has an environment."""
 
-    async def score(self, prompt: Any, responses: list[list[int]]) -> list[float]: ...
+    async def score(
+        self, prompt: Any, responses: list[list[int]], histories: list[History] | None = None
+    ) -> list[float]: ...
     def metrics(self) -> dict[str, float]: ...
+
+
+class Reply(Protocol):
+    """A reply of an environment: texts of the turn and of the reply, and the ids that follow the turn."""
+
+    @property
+    def turn(self) -> str: ...
+    @property
+    def text(self) -> str: ...
+    @property
+    def ids(self) -> list[int]: ...
+
+
+class Environment(Protocol):
+    """Replies to turns, None where the episode is over; raises EpisodeError rather than guessing."""
+
+    async def reply(self, prompt: Any, turn: list[int], history: History) -> Reply | None: ...

@@ -46,6 +46,8 @@ def batch_figures(
         "rollout/response_tokens_mean": sum(row.response_tokens for row in rows) / len(rows),
         "rollout/truncated_fraction": sum(row.truncated for row in rows) / len(rows),
         "rollout/spanning_fraction": sum(len(row.versions) > 1 for row in rows) / len(rows),
+        "rollout/turns_mean": sum(row.turns for row in rows) / len(rows),
+        "rollout/out_of_turns_fraction": sum(row.out_of_turns for row in rows) / len(rows),
     }
 
 

@@ -20,12 +20,14 @@ _MAX_STRIKES = 8
 
 @dataclass(frozen=True)
 class Sampled:
-    """A complete response; its tokens may come from several engines and weight versions."""
+    """A complete turn; its tokens may come from several engines and weight versions."""
 
     ids: list[int]
     versions: list[VersionSpan]
     finish_reason: str
     logprobs: list[float] | None
+    requests: int
+    """How many it took."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ class Draft:
     prompt_ids: list[int]
     params: SamplingParams
     version: int | None = None
+    requests: int = 0
+    """Sent for earlier turns of this response: ids of requests go on from there."""
 
 
 class Requester:
@@ -75,13 +79,13 @@ class Requester:
         """Of training responses; an evaluation's do not count."""
 
     async def sample(self, draft: Draft) -> Sampled:
-        """Sample one response; goes on elsewhere after a failure and from its last token after an abort.
+        """Sample one turn; goes on elsewhere after a failure and from its last token after an abort.
 
         Raises:
             ControllerError: an engine says that the request itself is wrong.
         """
         parts = _Parts(logprobs=[] if self._logprobs else None)
-        attempt = 0
+        attempt = draft.requests
         while True:
             if draft.version is None and not self._may_sample(draft.group):
                 await self._bell.until(lambda: self._may_sample(draft.group))
@@ -96,9 +100,9 @@ class Requester:
                 self.tokens_sampled += len(answer.ids)
             parts.add(answer)
             if answer.finish_reason != "abort":
-                return parts.finish(answer.finish_reason)
+                return parts.finish(answer.finish_reason, attempt - draft.requests)
             if len(parts.ids) >= draft.params.max_new_tokens:
-                return parts.finish("length")
+                return parts.finish("length", attempt - draft.requests)
 
     def _still_fits(self, engine: Engine, draft: Draft) -> bool:
         if not engine.serving or engine.weights is None:
@@ -159,7 +163,7 @@ class Requester:
 
 
 class _Parts:
-    """The segments of a response, put together."""
+    """The segments of a turn, put together."""
 
     def __init__(self, logprobs: list[float] | None) -> None:
         self.ids: list[int] = []
@@ -178,5 +182,5 @@ class _Parts:
             else:
                 self._versions.append(VersionSpan(span.version, span.start + offset, span.end + offset))
 
-    def finish(self, reason: str) -> Sampled:
-        return Sampled(self.ids, self._versions, reason, self._logprobs)
+    def finish(self, reason: str, requests: int) -> Sampled:
+        return Sampled(self.ids, self._versions, reason, self._logprobs, requests)

@@ -30,6 +30,9 @@ class ResponseSummary(msgspec.Struct, frozen=True, array_like=True):
     versions: list[int]
     """Distinct weight versions that sampled it; empty for replayed groups."""
     truncated: bool
+    turns: int = 1
+    out_of_turns: bool = False
+    """Ended by task.max_turns."""
 
 
 class StoredGroup(msgspec.Struct, frozen=True):
@@ -80,6 +83,8 @@ def summarize(stored: StoredGroup) -> list[ResponseSummary]:
             reward=response.reward,
             versions=sorted({span.version for span in response.versions}),
             truncated=response.finish_reason == "length",
+            turns=response.turns,
+            out_of_turns=response.finish_reason == "turns",
         )
         for response, advantage in zip(stored.group.responses, stored.advantages, strict=True)
     ]

@@ -1,21 +1,21 @@
 """Prompts in, scored groups out: one task a group, as many as the lag rule admits."""
 
-import asyncio
 import logging
 from collections.abc import Callable, Sequence
 
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt
 
 from asympo_megatron.config import Config
-from asympo_megatron.errors import ControllerError, RewardError
+from asympo_megatron.errors import ControllerError, EpisodeError, RewardError
 from asympo_megatron.rollout.admission import LagRule
 from asympo_megatron.rollout.answer import SamplingParams, check_prompt
 from asympo_megatron.rollout.bell import Background, Bell
+from asympo_megatron.rollout.episodes import Episode, Player, all_or_none
 from asympo_megatron.rollout.fleet import Fleet
 from asympo_megatron.rollout.grading import grade, raw_group
 from asympo_megatron.rollout.interfaces import Prompt, Scorer, Task
 from asympo_megatron.rollout.ledger import Ledger
-from asympo_megatron.rollout.requester import Draft, Requester, Sampled
+from asympo_megatron.rollout.requester import Draft
 
 log = logging.getLogger(__name__)
 _SCORE_ATTEMPTS = 3
@@ -32,7 +32,7 @@ class GroupSampler:
         ledger: groups and their states.
         rule: the lag rule.
         step: step of the engines' weights; None while no engine serves.
-        requester: samples responses.
+        player: samples responses.
         fleet: told when a group no longer needs its engine.
         bell: rung when a group is ready or dropped.
         background: where the groups' tasks run.
@@ -46,14 +46,14 @@ class GroupSampler:
         ledger: Ledger,
         rule: LagRule,
         step: Callable[[], int | None],
-        requester: Requester,
+        player: Player,
         fleet: Fleet,
         bell: Bell,
         background: Background,
     ) -> None:
         self._config, self._task, self._scorer = config, task, scorer
         self._ledger, self._rule, self._step = ledger, rule, step
-        self._requester, self._fleet = requester, fleet
+        self._player, self._fleet = player, fleet
         self._bell, self._background = bell, background
         self._params = sampling_params(config, task)
         self._drops_in_a_row = 0
@@ -82,8 +82,13 @@ class GroupSampler:
         if len(prompt_ids) > longest:
             self._drop(group_id, f"prompt {prompt_index} has {len(prompt_ids)} tokens, max_prompt_tokens is {longest}")
             return
-        answers = await self._sample(group_id, prompt_ids)
-        self._fleet.forget_group(group_id)
+        try:
+            answers = await self._sample(group_id, prompt)
+        except EpisodeError as error:
+            self._drop(group_id, str(error))
+            return
+        finally:
+            self._fleet.forget_group(group_id)
         try:
             rewards = await score(self._scorer, prompt, answers)
         except RewardError as error:
@@ -95,12 +100,13 @@ class GroupSampler:
         self._drops_in_a_row = 0
         self._bell.ring()
 
-    async def _sample(self, group_id: int, prompt_ids: list[int]) -> Sequence[Sampled]:
+    async def _sample(self, group_id: int, prompt: Prompt) -> list[Episode]:
+        prompt_ids = list(prompt.ids)
         drafts = (
             Draft(group_id, f"{group_id:09d}", row, prompt_ids, self._params)
             for row in range(self._config.batch.group_size)
         )
-        return await asyncio.gather(*(self._requester.sample(draft) for draft in drafts))
+        return await all_or_none(self._player.play(prompt, draft) for draft in drafts)
 
     def _drop(self, group_id: int, reason: str) -> None:
         """The slot is free again, and another prompt takes it."""
@@ -120,17 +126,19 @@ def sampling_params(config: Config, task: Task) -> SamplingParams:
     return SamplingParams(sampling.max_new_tokens, sampling.temperature, sampling.top_p, sampling.top_k, stops)
 
 
-async def score(scorer: Scorer, prompt: Prompt, answers: Sequence[Sampled]) -> list[float]:
+async def score(scorer: Scorer, prompt: Prompt, answers: Sequence[Episode]) -> list[float]:
     """Rewards of the answers to one prompt.
 
     Raises:
         RewardError: the scorer failed every time, or returned another number of rewards than it was given answers.
     """
+    turns = [answer.last_turn for answer in answers]
+    histories = [answer.history for answer in answers if answer.history is not None]
     async for attempt in AsyncRetrying(
         retry=retry_if_exception_type(RewardError), stop=stop_after_attempt(_SCORE_ATTEMPTS), reraise=True
     ):
         with attempt:
-            rewards = await scorer.score(prompt, [answer.ids for answer in answers])
+            rewards = await (scorer.score(prompt, turns, histories) if histories else scorer.score(prompt, turns))
             if len(rewards) != len(answers):
                 raise RewardError(f"the scorer returned {len(rewards)} rewards for {len(answers)} responses.")
     return rewards

@@ -69,6 +69,8 @@ def test_lags_and_figures_by_hand() -> None:
         "rollout/response_tokens_mean": 2.5,
         "rollout/truncated_fraction": 0.25,
         "rollout/spanning_fraction": 0.25,
+        "rollout/turns_mean": 1.0,
+        "rollout/out_of_turns_fraction": 0.0,
     }
 
 
