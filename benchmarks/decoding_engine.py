@@ -112,6 +112,9 @@ class DecodingEngine:
     async def weight_label(self, attempts: int = 1, timeout_s: float | None = None) -> str:
         return self._label
 
+    async def check_generates(self, timeout_s: float) -> None:
+        pass
+
     async def abort(self, rid_prefix: str) -> None:
         if self._heap:
             raise AssertionError("nothing is ever aborted in these runs")

@@ -120,6 +120,20 @@ class EngineClient:
         except (msgspec.DecodeError, KeyError) as error:
             raise EngineError(f"engine {self.url}: /model_info has no weight_version: {body[:200]!r}") from error
 
+    async def check_generates(self, timeout_s: float) -> None:
+        """Raises EngineError unless the engine samples a token: one that hangs may well answer every other call.
+
+        A real server answers as soon as anything comes out of its scheduler, so a busy one samples no token for this.
+        """
+        try:
+            status, body = await self._call("GET", "/health_generate", None, timeout_s)
+        except EngineLost as error:
+            raise EngineError(f"engine {self.url} generates nothing: {error}") from error
+        if status not in (200, 404):  # 404: too old to be asked
+            raise EngineError(
+                f"engine {self.url} generates nothing: /health_generate answered HTTP {status}: {body[:200]!r}"
+            )
+
     async def pause(self, mode: str) -> None:
         """Stop generating; new requests wait in the engine."""
         await self._control("POST", "/pause_generation", {"mode": mode})

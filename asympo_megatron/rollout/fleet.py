@@ -47,6 +47,8 @@ class Engine:
     """In a row, without a good answer in between."""
     strikes: int = 0
     """Failed connections in a row."""
+    quiet_since_s: float = 0.0
+    """Time of the loop at its last good answer, or at the first request since it had none."""
     last_error: str = ""
 
     @property
@@ -56,6 +58,7 @@ class Engine:
     def answered(self) -> None:
         """A good answer came: earlier trouble is over."""
         self.quarantines = self.strikes = 0
+        self.quiet_since_s = asyncio.get_running_loop().time()
 
 
 _Waiter = tuple[int, int, int | None, asyncio.Future[Engine]]
@@ -175,6 +178,8 @@ class Fleet:
             if known and self._usable(home, version):
                 best = home
         self._homes[group] = best
+        if best.in_flight == 0:
+            best.quiet_since_s = asyncio.get_running_loop().time()
         best.in_flight += 1
         return best
 

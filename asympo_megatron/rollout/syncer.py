@@ -37,7 +37,8 @@ class SyncOptions:
         timeout_s: deadline of one engine's sync.
         start_timeout_s: deadline of readiness.
         silence_s: a serving engine that is silent for this long is taken out. It is asked for its weight version after
-            every quarter of this, once, and has the other three quarters to answer.
+            every quarter of this, once, and has the other three quarters to answer. One that has requests and gave no
+            good answer for a quarter is asked for a token, and has half of this to sample it.
         collective: how weights in the trainer's memory reach an engine.
         backoff_s: pause after the first failure; doubles.
     """
@@ -176,6 +177,15 @@ class Syncer:
             raise EngineError(str(engine.failure)) from engine.failure
         if not changed and serving is not None:
             _check_label(engine, serving, await engine.client.weight_label(timeout_s=self._options.silence_s * 3 / 4))
+        await self._check_generates(engine)
+
+    async def _check_generates(self, engine: Engine) -> None:
+        """A request may take long, an engine at work on requests may not be still: weights, labels and health checks
+        are answered by a server whose scheduler hangs, too."""
+        now_s, patience_s = asyncio.get_running_loop().time, self._options.silence_s / 4
+        if engine.in_flight and now_s() - engine.quiet_since_s >= patience_s:
+            await engine.client.check_generates(self._options.silence_s / 2)
+            engine.quiet_since_s = now_s()
 
     async def _sync(self, engine: Engine, row: VersionRow, *, fresh: bool) -> None:
         started_s = time.monotonic()
@@ -219,6 +229,8 @@ class Syncer:
             await client.update_weights(row.path, label, flush_cache=flush_cache, timeout_s=options.timeout_s)
         _check_label(engine, row, await client.weight_label(attempts=3))
         await client.resume()
+        if engine.quarantines:  # no requests for one that would hang again
+            await client.check_generates(options.silence_s / 2)
 
     async def _files_good(self, row: VersionRow) -> bool:
         """Verify a version once, before any engine reads it; False when it is bad, but no longer wanted.

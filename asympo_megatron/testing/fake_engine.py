@@ -52,6 +52,7 @@ class FakeEngine:
         self.label = "default"
         self.paused = False
         self.is_ready = True
+        self.hangs = False
         self.requests: list[dict[str, Any]] = []
         self.calls: list[tuple[str, dict[str, Any]]] = []
         self.running: dict[str, FakeRequest] = {}
@@ -73,6 +74,7 @@ class FakeEngine:
         for path in ("/pause_generation", "/continue_generation", "/abort_request", "/update_weights_from_disk"):
             app.router.add_post(path, self._control)
         app.router.add_get("/ready", self._ready)
+        app.router.add_get("/health_generate", self._health_generate)
         app.router.add_get("/model_info", self._model_info)
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.01)
         await self._runner.setup()
@@ -99,7 +101,7 @@ class FakeEngine:
     async def restart(self) -> None:
         """Come back on the same port with fresh, unlabelled weights."""
         await self.kill()
-        self.label, self.paused = "default", False
+        self.label, self.paused, self.hangs = "default", False, False
         self.running.clear()
         await self.start()
 
@@ -141,6 +143,11 @@ class FakeEngine:
     async def _ready(self, request: web.Request) -> web.Response:
         await self._note("/ready", {})
         return web.Response(status=200 if self.is_ready and self._authorized(request) else 503)
+
+    async def _health_generate(self, request: web.Request) -> web.Response:
+        """As the real one: 200 when a token comes out in time."""
+        await self._note("/health_generate", {})
+        return web.Response(status=503 if self.hangs or self.paused else 200)
 
     async def _model_info(self, request: web.Request) -> web.Response:
         if not self._authorized(request):
@@ -194,7 +201,7 @@ class FakeEngine:
         async with self._changed:
             self.requests.append(body)
             self._changed.notify_all()
-            await self._changed.wait_for(lambda: not self.paused)
+            await self._changed.wait_for(lambda: not self.paused and not self.hangs)
             running = self.running[body["rid"]] = FakeRequest(body, self.label)
             self.cache_keys.add(body.get("extra_key", ""))
             try:

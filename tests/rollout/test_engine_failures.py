@@ -175,6 +175,47 @@ def test_hung_engine_is_found_within_engine_timeout_s(tmp_path: Path) -> None:
     run_async(scenario())
 
 
+def test_engine_that_answers_but_generates_nothing_is_taken_out(tmp_path: Path) -> None:
+    """Labels, pauses and loads go well, requests stay: it is asked for a token and gets no request before it gave one."""
+
+    async def scenario() -> None:
+        hanging, other = FakeEngine(VOCAB), FakeEngine(VOCAB)
+        hanging.hangs = True
+        config = small_config(rollout__engine_timeout_s=0.4, rollout__request_timeout_s=60.0)
+        async with world(tmp_path, config, [hanging, other]) as w:
+            await w.trainer.attach()
+            await w.trainer.publish(0)
+            for step in range(2):
+                assert (await w.trainer.lease(step)).ready
+            held = w.controller.parts.fleet.engines[hanging.url]
+            asked = len(hanging.requests)
+            assert asked > 0
+            await w.until(lambda: held.state is EngineState.EVICTED)
+            assert "generates nothing: /health_generate answered HTTP 503" in held.last_error
+            assert len(hanging.requests) == asked, "requests went to an engine that had not shown that it generates"
+
+    run_async(scenario())
+
+
+def test_slow_request_on_an_engine_that_generates_stays(tmp_path: Path) -> None:
+    """Nothing is answered for longer than engine_timeout_s, but tokens come out: the engine stays in service."""
+
+    async def scenario() -> None:
+        engine = FakeEngine(VOCAB)
+        engine.hold(lambda _: 1)
+        async with world(tmp_path, small_config(rollout__engine_timeout_s=0.2), [engine]) as w:
+            await w.trainer.attach()
+            await w.trainer.publish(0)
+            await engine.until(lambda: [path for path, _ in engine.calls].count("/health_generate") >= 6)
+            await engine.release()
+            assert (await w.trainer.lease(0)).ready
+            assert w.controller.parts.fleet.engines[engine.url].quarantines == 0
+            assert [path for path, _ in engine.calls].count("/update_weights_from_disk") == 1
+            assert not any(path == "/abort_request" and body["rid"].count(".") > 1 for path, body in engine.calls)
+
+    run_async(scenario())
+
+
 def test_lost_connection_alone_is_no_failure(tmp_path: Path) -> None:
     async def scenario() -> None:
         engine = FakeEngine(VOCAB)
