@@ -38,6 +38,7 @@ from asympo_megatron.launch.ports import free_port
 
 CAMPAIGN, CAMPAIGNS = 25, 8
 QUICK, QUICK_REAL = 13, 2
+MUTANT_HANG_S = 20.0
 GOAL_MINUTES, GOAL_QUICK_MINUTES = 20.0, 2.0
 MUTANTS = {
     "early_commit": Fault("trainer", "checkpoint", "save:unmarked", "kill"),
@@ -47,7 +48,7 @@ MUTANTS = {
 """What breaks the product, and a fault that shows it."""
 VARIETIES: tuple[dict[str, Any], ...] = (
     {"max_lag_steps": 1, "pause_mode": "in_place", "checkpoint_every": 2},
-    {"max_lag_steps": 3, "pause_mode": "abort", "checkpoint_every": 3, "lag_policy": "drop"},
+    {"max_lag_steps": 3, "pause_mode": "abort", "checkpoint_every": 3, "lag_policy": "drop", "async_save": True},
     {"max_lag_steps": 0, "pause_mode": "retract", "checkpoint_every": 1, "keep_checkpoints": 2},
     {"max_lag_steps": 2, "pause_mode": "in_place", "checkpoint_every": 2, "lag_policy": "strict"},
 )
@@ -66,12 +67,14 @@ def small_campaign(context: Any, home: Path, faults: list[Fault], variety: int, 
         mutant=mutant,
         **VARIETIES[variety % len(VARIETIES)],
     )
-    conductor = Conductor(world, context, small_programs(world))
+    conductor = Conductor(world, context, small_programs(world), MUTANT_HANG_S if mutant else HANG_S)
+    hung = []
     try:
         conductor.run(faults)
-        conductor.verdict = judge(world.run_dir.path, conductor.events.all)
     except Hang as hang:
-        conductor.verdict.hung.append(str(hang))
+        hung.append(str(hang))
+    conductor.verdict = judge(world.run_dir.path, conductor.events.all, world.bait, cut_short=bool(hung))
+    conductor.verdict.hung += hung
     return conductor
 
 

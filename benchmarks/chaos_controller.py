@@ -41,7 +41,7 @@ class Judge(Pooled):
     """Scores in fenced workers, as for any reward that looks into model output."""
 
     def job(self, prompt: Prompt, text: str) -> dict[str, Any]:
-        return {"prompts": [""], "responses": [text], "answers": [prompt.answer], "metas": [prompt.meta]}
+        return {"arguments": [text, prompt.answer, prompt.meta["bait"]]}
 
     def reference_job(self, prompt: Prompt) -> dict[str, Any]:
         return self.job(prompt, prompt.answer)

@@ -3,7 +3,6 @@
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 HANG, CRASH, EAT, EXECUTE = "hang", "crash", "eat", "execute"
 SPELLS = (HANG, CRASH, EAT, EXECUTE)
@@ -11,10 +10,9 @@ BROKEN = "broken"
 """Reference answer over which the scorer itself fails: its group can only be dropped."""
 
 
-def judge(_: list[str], responses: list[str], answers: list[str], metas: list[dict[str, Any]]) -> float:
-    """1.0 or 0.0 for the only response; worse for one that ends in a spell."""
-    text = responses[0]
-    if answers[0] == BROKEN:
+def judge(text: str, answer: str, bait: str) -> float:
+    """1.0 or 0.0 for a response; worse for one that ends in a spell. ``bait``: a file that nothing may write."""
+    if answer == BROKEN:
         raise ValueError("this prompt has no usable reference answer")
     if text.endswith(HANG):
         while True:
@@ -27,7 +25,7 @@ def judge(_: list[str], responses: list[str], answers: list[str], metas: list[di
             eaten.append(bytearray(64 << 20))
     if text.endswith(EXECUTE):
         try:
-            os.system(f"touch {metas[0]['bait']}")
+            os.system(f"touch {bait}")
         finally:
-            Path(metas[0]["bait"]).write_text(sys.version)
+            Path(bait).write_text(sys.version)
     return float(sum(map(ord, text)) % 2)

@@ -4,7 +4,9 @@ model. Its weights are a hash of everything it was trained on."""
 import hashlib
 import json
 import os
+import secrets
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,9 +17,9 @@ import torch
 from chaos_points import Points
 from chaos_world import World, matches, prompt_index
 
-from asympo_megatron.errors import EXIT_REQUEUE, AsympoError, PreemptedError
+from asympo_megatron.errors import EXIT_REQUEUE, AsympoError, CheckpointError, PreemptedError
 from asympo_megatron.mcore import Checkpoints, Row
-from asympo_megatron.mcore.marker import write_marker
+from asympo_megatron.mcore.marker import MARKER, write_marker
 from asympo_megatron.metrics import MetricsWriter
 from asympo_megatron.sync import disk
 from asympo_megatron.sync.transport import DiskTransport
@@ -98,25 +100,79 @@ class HashLearner:
         if found != expected or len(groups) != self._world.groups_per_step or responses != len(rows) or wrong:
             self._points.note("corrupt", step=self.step_count, groups=groups, wrong=wrong[:3])
 
-    def save(self, directory: Path) -> None:
-        """As the real one: a temporary directory, a marker that says it is complete, one rename."""
-        temporary = directory.with_name(directory.name + ".tmp")
-        temporary.mkdir(parents=True, exist_ok=True)
-        (temporary / STATE).write_text(
-            json.dumps({"step": self.step_count, "weights": self.checksum(), "trained": self.trained})
-        )
-        disk.fsync(temporary / STATE)
-        self._points.reach("save:unmarked")
-        write_marker(temporary, {"format": 2, "step": self.step_count, "checksum": self.checksum()})
-        self._points.reach("save:marked")
-        os.rename(temporary, directory)
-        disk.fsync(directory.parent)
-        self._points.reach("save:renamed")
+    def state(self) -> str:
+        """What a checkpoint holds."""
+        return json.dumps({"step": self.step_count, "weights": self.checksum(), "trained": self.trained})
 
     def load(self, directory: Path) -> None:
         state = json.loads((directory / STATE).read_text())
         self.step_count, self.trained = state["step"], state["trained"]
         self._weights = bytes.fromhex(state["weights"])
+
+
+class HashCheckpoints(Checkpoints):
+    """The run's checkpoints, written without Megatron: a temporary directory, a marker that says it is complete, one
+    rename. In the background, as there, everything up to the rename."""
+
+    def __init__(self, root: Path, keep_last: int, points: Points) -> None:
+        super().__init__(root, keep_last)
+        self._points = points
+        self._begun_step: int | None = None
+        self._writer: threading.Thread | None = None
+        self._problem: OSError | None = None
+
+    def begin(self, learner: Any, *, background: bool) -> None:
+        self._begun_step, self._problem = learner.step_count, None
+        if not (self._directory / MARKER).is_file():
+            self._temporary = self._directory.with_name(f"{self._directory.name}.{secrets.token_hex(4)}.tmp")
+            self._writer = threading.Thread(target=self._write, args=(learner.state(), learner.checksum()))
+            self._writer.start()
+            if not background:
+                self._writer.join()
+
+    @property
+    def pending(self) -> bool:
+        return self._begun_step is not None
+
+    def ready(self, *, wait: bool) -> bool:
+        if wait and self._writer is not None:
+            self._writer.join()
+        return self._writer is None or not self._writer.is_alive()
+
+    def complete(self) -> Any:
+        """Name the checkpoint and remove the oldest.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        directory, step, written = self._directory, self._begun_step, self._writer is not None
+        self._begun_step = self._writer = None
+        if written:
+            try:
+                if self._problem is not None:
+                    raise self._problem
+                os.rename(self._temporary, directory)
+                disk.fsync(directory.parent)
+            except OSError as error:
+                raise CheckpointError(f"{directory} could not be written: {error}") from error
+        self._points.reach("save:renamed")
+        return SimpleNamespace(step=step, oldest_step=self._prune())
+
+    @property
+    def _directory(self) -> Path:
+        return self.root / f"step_{self._begun_step:06d}"
+
+    def _write(self, state: str, checksum: str) -> None:
+        temporary = self._temporary
+        try:
+            temporary.mkdir(parents=True)
+            (temporary / STATE).write_text(state)
+            disk.fsync(temporary / STATE)
+            self._points.reach("save:unmarked")
+            write_marker(temporary, {"format": 2, "step": self._begun_step, "checksum": checksum})
+            self._points.reach("save:marked")
+        except OSError as error:
+            self._problem = error
 
 
 def mutate(mutant: str) -> None:
@@ -156,7 +212,7 @@ def _train(world: World, points: Points, signals: StopSignals) -> None:
     config, run_dir = world.config(), world.run_dir
     learner = HashLearner(world, points)
     publisher_module.export_hf = lambda held: held.tensors()
-    checkpoints = Checkpoints(run_dir.checkpoints, config.checkpoint.keep_last)
+    checkpoints = HashCheckpoints(run_dir.checkpoints, config.checkpoint.keep_last, points)
     newest = checkpoints.newest()
     if newest is not None:
         learner.load(newest)

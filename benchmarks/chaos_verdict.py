@@ -43,15 +43,25 @@ class Verdict:
             getattr(self, name).extend(getattr(other, name))
 
 
-def judge(run_dir: Path, events: list[dict[str, Any]]) -> Verdict:
-    """Read a finished campaign."""
+def judge(run_dir: Path, events: list[dict[str, Any]], bait: Path, *, cut_short: bool = False) -> Verdict:
+    """Read a campaign on the small trainer.
+
+    Args:
+        bait: a file that only executed model output would write.
+        cut_short: it hung; groups may be on their way.
+    """
     verdict = Verdict()
     state = json.loads((Checkpoints.find(run_dir) / STATE).read_text())
     groups, versions = _journal(run_dir)
-    judge_groups(verdict, groups, state["trained"])
+    if cut_short:
+        judge_committed(verdict, groups, state["trained"])
+    else:
+        judge_groups(verdict, groups, state["trained"])
+        judge_rows(verdict, run_dir, state["step"], state["weights"])
     judge_versions(verdict, versions, events)
     judge_steps(verdict, events)
-    judge_rows(verdict, run_dir, state["step"], state["weights"])
+    if bait.exists():
+        verdict.corrupt.append("the code of a response was executed")
     return verdict
 
 
@@ -110,6 +120,15 @@ def judge_groups(verdict: Verdict, groups: list[tuple[Any, ...]], trained: list[
             verdict.lost.append(f"group {group} of step {lease_step} is {state} and trained {times[prompt]} times")
         elif step_of[prompt] != lease_step:
             verdict.duplicated.append(f"group {group} leased for step {lease_step}, trained in {step_of[prompt]}")
+
+
+def judge_committed(verdict: Verdict, groups: list[tuple[Any, ...]], trained: list[list[int]]) -> None:
+    """What a run that was cut short calls committed is in its last checkpoint."""
+    verdict.groups, verdict.trained = len(groups), sum(map(len, trained))
+    held = {prompt for step in trained for prompt in step}
+    for group, prompt, state, _, lease_step in groups:
+        if state == "committed" and prompt not in held:
+            verdict.lost.append(f"group {group} of step {lease_step} is committed, but in no checkpoint")
 
 
 def judge_versions(verdict: Verdict, versions: list[tuple[Any, ...]], events: list[dict[str, Any]]) -> None:

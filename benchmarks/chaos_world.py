@@ -37,6 +37,7 @@ class World:
     pause_mode: str = "in_place"
     checkpoint_every: int = 2
     keep_checkpoints: int = 1
+    async_save: bool = False
     engine_latency_s: float = 0.01
     engine_timeout_s: float = 4.0
     mutant: str = ""
@@ -59,6 +60,7 @@ class World:
         config.batch.groups_per_step, config.batch.group_size = self.groups_per_step, self.group_size
         config.batch.max_tokens_per_microbatch = 64
         config.checkpoint.interval_steps, config.checkpoint.keep_last = self.checkpoint_every, self.keep_checkpoints
+        config.checkpoint.async_save = self.async_save
         config.sync.pause_mode, config.sync.keep_last, config.sync.timeout_s = self.pause_mode, 2, 10.0
         rollout = config.rollout
         rollout.controller_url = self.controller_url

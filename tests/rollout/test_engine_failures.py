@@ -176,7 +176,7 @@ def test_hung_engine_is_found_within_engine_timeout_s(tmp_path: Path) -> None:
 
 
 def test_engine_that_answers_but_generates_nothing_is_taken_out(tmp_path: Path) -> None:
-    """Labels, pauses and loads go well, requests stay: it is asked for a token and gets no request before it gave one."""
+    """Labels, pauses and loads go well, requests stay: it is asked for a token, no request before."""
 
     async def scenario() -> None:
         hanging, other = FakeEngine(VOCAB), FakeEngine(VOCAB)
