@@ -66,9 +66,12 @@ class FakeScorer:
     def __init__(self) -> None:
         self.failing: Callable[[FakePrompt], bool] = lambda _: False
         self.calls = 0
+        self.told: list[tuple[list[int], list[list[int]], Any]] = []
+        """Prompt, last turns and what came before, of every call."""
 
-    async def score(self, prompt: FakePrompt, responses: list[list[int]]) -> list[float]:
+    async def score(self, prompt: FakePrompt, responses: list[list[int]], histories: Any = None) -> list[float]:
         self.calls += 1
+        self.told.append((prompt.ids, responses, histories))
         if self.failing(prompt):
             raise errors.RewardError(f"scorer of prompt {prompt.index} broke.")
         return [float(row % 2) for row in range(len(responses))]
@@ -178,6 +181,7 @@ async def world(
     task: FakeTask | None = None,
     verify: Callable[[Path], object] = lambda _: None,
     app: Callable[[Controller], web.Application] | None = None,
+    environment: Any = None,
 ) -> AsyncIterator[World]:
     """Start everything; stop everything. Engines given are started if they are not."""
     config = config or small_config()
@@ -191,6 +195,7 @@ async def world(
         None if replay else task,
         None if replay else scorer,
         [] if replay else urls,
+        environment=environment,
         verify=verify,
         behavior_logprobs=False,
         backoff_s=0.01,
