@@ -1,4 +1,4 @@
-"""Checkpoints from Hugging Face to Megatron-Core and back: one process, one tensor in memory at a time.
+"""Checkpoints from Hugging Face to Megatron-Core and back: one process, two tensors in memory at a time.
 
 A Megatron checkpoint (``torch_dist``) has no layout of its own: Megatron cuts it to TP x PP x VPP x EP when it loads.
 """
@@ -19,7 +19,7 @@ from asympo_megatron.config import Config
 from asympo_megatron.conversion.hf_files import HFFiles
 from asympo_megatron.conversion.names import Entry, entries
 from asympo_megatron.conversion.places import Place, find_places
-from asympo_megatron.conversion.tensors import hf_shapes, join_from_hf, split_for_hf
+from asympo_megatron.conversion.tensors import hf_shapes, join_from_hf, one_ahead, split_for_hf
 from asympo_megatron.conversion.torch_dist import TorchDistFiles, write_torch_dist
 from asympo_megatron.errors import AsympoError, CheckpointError, PublishError
 from asympo_megatron.mcore import marker as markers
@@ -71,12 +71,18 @@ def hf_to_megatron(config: Config, source: str | Path, target: str | Path, progr
     assert not by_name, f"parameters without a Hugging Face name: {sorted(by_name)}"
     checksum = WholeChecksum()
 
-    def read(number: int) -> Tensor:
+    def make(number: int) -> Tensor:
         entry = table[number]
         shapes = hf_shapes(entry, facts)
         parts = [files.read(name, shape) for name, shape in zip(entry.hf, shapes, strict=True)]
         whole = join_from_hf(entry, parts, facts)
         checksum.add(entry.megatron, whole)
+        return whole
+
+    wholes = one_ahead(make, len(table))
+
+    def read(number: int) -> Tensor:
+        whole = next(wholes)
         _report(progress, number + 1, len(table))
         return whole
 
@@ -163,8 +169,9 @@ class MegatronWeights:
     def tensors(self, progress: Progress | None = None) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor) in the order of the forward pass."""
         table = list(entries(self.facts))
-        for number, entry in enumerate(table):
-            yield from split_for_hf(entry, self.parameter(entry.megatron), self.facts)
+        wholes = one_ahead(lambda number: self.parameter(table[number].megatron), len(table))
+        for number, (entry, whole) in enumerate(zip(table, wholes, strict=True)):
+            yield from split_for_hf(entry, whole, self.facts)
             _report(progress, number + 1, len(table))
 
     def parameter(self, name: str) -> Tensor:

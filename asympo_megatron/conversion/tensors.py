@@ -3,7 +3,8 @@
 Axis suffixes: H hidden (absent for a bias), D head dimension.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -28,6 +29,17 @@ def join_from_hf(entry: Entry, parts: Sequence[Tensor], facts: ModelFacts) -> Te
     if entry.join == "qkv":
         return _join_qkv(parts, facts)
     return torch.cat(list(parts)) if entry.join == "gate_up" else parts[0]
+
+
+def one_ahead(make: Callable[[int], Tensor], count: int) -> Iterator[Tensor]:
+    """``make(0)``, ``make(1)`` ...: a thread makes the next one while the caller works on one; two are in memory."""
+    with ThreadPoolExecutor(1) as worker:
+        upcoming = worker.submit(make, 0)
+        for number in range(1, count + 1):
+            made = upcoming.result()
+            if number < count:
+                upcoming = worker.submit(make, number)
+            yield made
 
 
 def hf_shapes(entry: Entry, facts: ModelFacts) -> list[tuple[int, ...]]:

@@ -1,7 +1,8 @@
 """A checksum of all weights that is the same in every layout that holds the same weights."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 
 import torch
 import torch.distributed as dist
@@ -9,8 +10,8 @@ from torch import Tensor
 
 from asympo_megatron.mcore.shards import Shard
 
-CHUNK_ELEMENTS = 1 << 22
-"""Elements summed at a time: an int64 buffer of 32 MiB."""
+CHUNK_ELEMENTS: Mapping[str, int] = MappingProxyType({"cpu": 1 << 17, "cuda": 1 << 22})
+"""Elements summed at a time: an int64 buffer that stays in a core's cache, or one worth a kernel."""
 
 # Odd multipliers of splitmix64 as signed integers; int64 tensors wrap around exactly.
 _MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
@@ -76,10 +77,14 @@ def _sum(name: str, param: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     of_row = _mix(rows * _GOLDEN + salt) | 1
     of_column = _mix(columns * _GOLDEN + ~salt) | 1
     total = torch.zeros((), dtype=torch.int64, device=param.device)
-    step = max(1, CHUNK_ELEMENTS // max(1, bits.shape[1]))
+    on_cpu = param.device.type == "cpu"
+    step = max(1, CHUNK_ELEMENTS["cpu" if on_cpu else "cuda"] // max(1, bits.shape[1]))
     for start in range(0, len(rows), step):
         part = slice(start, start + step)
-        total += bits[part].long().mul_(of_column).sum(1).mul_(of_row[part]).sum()
+        values = bits[part].long()
+        # The product of integers that stores no products exists for CPUs only.
+        sums = torch.mv(values, of_column) if on_cpu else values.mul_(of_column).sum(1)
+        total += sums.mul_(of_row[part]).sum()
     return total
 
 

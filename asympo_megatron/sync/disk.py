@@ -9,6 +9,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
@@ -90,10 +91,14 @@ def write_model(
         temporary.mkdir(parents=True)
         names = copy_model_files(Path(model_files), temporary)
         names += _write_shards(temporary, _prepared(tensors, dtype), shard_bytes)
-        files = {name: FileEntry((temporary / name).stat().st_size, file_digest(temporary / name)) for name in names}
+        with ThreadPoolExecutor(1) as disk:  # takes the files while they are hashed
+            flushed = [disk.submit(fsync, temporary / name) for name in names]
+            files = {name: _entry(temporary / name) for name in names}
+        for flush in flushed:
+            flush.result()
         manifest = msgspec.structs.replace(described, files=files)
         (temporary / MANIFEST_NAME).write_bytes(msgspec.json.format(msgspec.json.encode(manifest)))
-        for name in (*names, MANIFEST_NAME, "."):
+        for name in (MANIFEST_NAME, "."):
             fsync(temporary / name)
         temporary.rename(target)
         fsync(target.parent)
@@ -102,6 +107,10 @@ def write_model(
         if isinstance(error, OSError) and not isinstance(error, AsympoError):
             raise PublishError(_unwritable(target, error)) from error
         raise
+
+
+def _entry(file: Path) -> FileEntry:
+    return FileEntry(file.stat().st_size, file_digest(file))
 
 
 def _existing(target: Path, step: int, checksum: str) -> Path:
