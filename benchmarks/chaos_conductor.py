@@ -87,7 +87,7 @@ class Conductor:
         self.counts: Counter[str] = Counter()
         self.verdict = Verdict()
         """Of whoever judges the campaign when it is over."""
-        self._gate = 0
+        self._gate = self._incarnation = 0
         self._last_step_s = time.monotonic()
         self._steps: dict[int, int] = {}
         self._fired: dict[int, int] = {}
@@ -106,6 +106,7 @@ class Conductor:
             self._allow(0)
             for role in self._programs:
                 self._start(role)
+            self._await(lambda: self._incarnation > 0, "the first trainer attaches", max(self._hang_s, HANG_S))
             for number, fault in enumerate(faults):
                 self._bring(number, fault)
             self._await(lambda: self._all_serve(), "every engine serves again")
@@ -216,12 +217,12 @@ class Conductor:
         process = self.processes["trainer"]
         return self._exit_code("trainer") == 0 or self._steps.get(process.pid or 0, 0) >= self._gate
 
-    def _await(self, condition: Callable[[], bool], what: str) -> None:
-        self._last_step_s = time.monotonic()
+    def _await(self, condition: Callable[[], bool], what: str, hang_s: float | None = None) -> None:
+        self._last_step_s, hang_s = time.monotonic(), hang_s or self._hang_s
         while not condition():
             self._look_after()
-            if time.monotonic() > self._last_step_s + self._hang_s:
-                raise Hang(f"{what}: not within {self._hang_s:g} s; engines: {self._engines}")
+            if time.monotonic() > self._last_step_s + hang_s:
+                raise Hang(f"{what}: not within {hang_s:g} s; engines: {self._engines}")
             time.sleep(POLL_S)
 
     def _look_after(self) -> None:
@@ -295,7 +296,10 @@ class Conductor:
 
     def _ask_engines(self) -> dict[str, str]:
         found = self._call("/status", None)
-        return {} if found is None else {engine["url"]: engine["state"] for engine in found["engines"]}
+        if found is None:
+            return {}
+        self._incarnation = found["incarnation"]
+        return {engine["url"]: engine["state"] for engine in found["engines"]}
 
     def _call(self, path: str, body: dict[str, Any] | None) -> Any:
         data = None if body is None else json.dumps(body).encode()

@@ -9,6 +9,7 @@ from typing import Any
 
 from chaos_trainer import STATE
 
+from asympo_megatron.errors import CheckpointError
 from asympo_megatron.mcore import Checkpoints
 from asympo_megatron.mcore.marker import read_marker
 from asympo_megatron.metrics import read_rows
@@ -51,7 +52,10 @@ def judge(run_dir: Path, events: list[dict[str, Any]], bait: Path, *, cut_short:
         cut_short: it hung; groups may be on their way.
     """
     verdict = Verdict()
-    state = json.loads((Checkpoints.find(run_dir) / STATE).read_text())
+    try:
+        state = json.loads((Checkpoints.find(run_dir) / STATE).read_text())
+    except CheckpointError:
+        state = {"step": 0, "trained": []}
     groups, versions = _journal(run_dir)
     if cut_short:
         judge_committed(verdict, groups, state["trained"])
