@@ -27,7 +27,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 FAST := not slow and not sglang and not gpu and not multihost
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test check coverage lattice test-megatron-latest sglang-env test-sglang smollm2 test-slow gpu-smoke docs clean
+.PHONY: help setup quickstart test check coverage lattice test-megatron-latest sglang-env test-sglang smollm2 test-slow chaos gpu-smoke docs clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -90,6 +90,10 @@ sglang-env: setup  ## a real SGLang for machines without a GPU, in .venv-sglang
 
 test-sglang: setup sglang-env smollm2  ## tests against two real SGLang servers, which they start
 	$(ONE_THREAD) GLOO_SOCKET_IFNAME=lo $(BIN)/python -m pytest tests/sglang -m sglang --timeout=600 $(PYTEST_ARGS)
+
+CHAOS_ARGS ?=
+chaos: setup  ## 210 faults at named points of engines, controller and trainer: nothing is lost (CHAOS_ARGS=--quick)
+	$(BIN)/python -W ignore benchmarks/chaos.py $(CHAOS_ARGS)
 
 gpu-smoke: setup  ## short runs on a CUDA device; GPU_PYTHON names a Python with a CUDA build of torch
 	@$(GPU_PYTHON) -c "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 'gpu-smoke: no CUDA device is visible to $(GPU_PYTHON); nothing was tested. On a GPU machine name a Python with this package and a CUDA build of torch: make gpu-smoke GPU_PYTHON=...')"
