@@ -98,9 +98,11 @@ def pairs(report: harness.Report, vocab: int, tokens: int) -> None:
     values = forms.inputs(tokens, vocab, HIDDEN)
     call: Callable[[str], Callable[[], object]] = lambda name: lambda: CHILDREN[name](*values)  # noqa: E731
     against_naive = harness.measure_pairs(call("tiled"), call("naive"))
+    floor = harness.measure_pairs(lambda: forms.four_products(values[0], values[1]), call("naive"))
     single = harness.measure_pairs(call("single_pass"), call("tiled"))
     facts = {"tokens": tokens, "vocab": vocab, "pairs": harness.MIN_PAIRS}
     report.at_most("token_nll/tiled_time_ratio", against_naive.ratio, "of naive", TIME_GOAL, **facts)
+    report.show("token_nll/four_products_time_ratio", floor.ratio, "of naive", **facts)
     report.show("token_nll/single_pass_time_ratio", single.ratio, "of tiled", **facts)
 
 
