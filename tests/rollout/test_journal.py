@@ -265,3 +265,18 @@ def test_describe(tmp_path: Path) -> None:
     journal.close()
     with pytest.raises(JournalError, match="does not exist"):
         describe_journal(tmp_path / "nothing.sqlite")
+
+
+def test_full_disk_is_named_and_nothing_of_the_change_stays(tmp_path: Path) -> None:
+    """SQLite ends the transaction by itself then; the error of a second end must not hide the first."""
+    journal, ledger = new_ledger(tmp_path)
+    ledger.admit(2)
+    (pages,) = journal._db.execute("PRAGMA page_count").fetchone()
+    journal._db.execute(f"PRAGMA max_page_count={pages}")
+    with pytest.raises(JournalError, match=r"journal\.sqlite could not be written: database or disk is full\. .*Free"):
+        ledger.finish_group(0, stored(0, tokens=20_000))
+    assert sorted(ledger.groups.in_flight) == [0, 1]
+    journal._db.execute("PRAGMA max_page_count=1000000")
+    ledger.finish_group(0, stored(0, tokens=20_000))
+    assert [row.state for row in journal.rows()] == [GroupState.READY, GroupState.IN_FLIGHT]
+    journal.close()
