@@ -109,7 +109,7 @@ class Conductor:
             self._await(lambda: self._incarnation > 0, "the first trainer attaches", max(self._hang_s, HANG_S))
             for number, fault in enumerate(faults):
                 self._bring(number, fault)
-            self._await(lambda: self._all_serve(), "every engine serves again")
+            self._await(self._all_serve, "every engine serves again")
             self._allow(self.world.steps)
             self._await(lambda: self._exit_code("trainer") == 0, "the trainer's last step")
             self._end("controller", signal.SIGTERM)
@@ -119,6 +119,8 @@ class Conductor:
             self.events.poll()
 
     def _bring(self, number: int, fault: Fault) -> None:
+        if fault.role.startswith("engine"):  # one that was hit before may still be on its way back
+            self._await(self._all_serve, "every engine serves")
         arm(self.world.path, fault.role, Armed(number, fault.point, fault.kind, fault.skip))
         if fault.phase == "attach":
             self._signal("trainer", signal.SIGTERM)

@@ -24,15 +24,12 @@ class ChaosEngine(FakeEngine):
         self._world, self._points, self._port = world, points, world.engine_ports[index]
         self._timers: set[asyncio.Task[None]] = set()
         self._last_rid = ""
-        self._mute = False
         self.hold(lambda body: max(0, self._rest(body) // 2))
 
     async def _generate(self, request: web.Request) -> web.StreamResponse:
         self._points.reach("generate:before")
         kind = self._points.reach("generate:how")
-        self._mute = self._mute or kind == "mute"
-        if self._mute:  # health checks are answered, and nothing else ever happens
-            await asyncio.Event().wait()
+        self.hangs = self.hangs or kind == "mute"
         body = await request.json()
         self._later(self._world.engine_latency_s + SLOW_S * (kind == "slow"), body["rid"])
         if kind == "ignores_abort":
