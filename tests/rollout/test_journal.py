@@ -270,6 +270,7 @@ def test_describe(tmp_path: Path) -> None:
 def test_full_disk_is_named_and_nothing_of_the_change_stays(tmp_path: Path) -> None:
     """SQLite ends the transaction by itself then; the error of a second end must not hide the first."""
     journal, ledger = new_ledger(tmp_path)
+    ledger.publish(version(0, 0))
     ledger.admit(2)
     (pages,) = journal._db.execute("PRAGMA page_count").fetchone()
     journal._db.execute(f"PRAGMA max_page_count={pages}")
