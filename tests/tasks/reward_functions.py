@@ -106,3 +106,31 @@ def environment(prompts, responses, answers, metas):
 
 
 NUMBER = 3
+
+
+def replies(prompt, response, answer, meta):
+    """Shows what arrives, until the third turn."""
+    turn = len(meta["episode"])
+    return None if turn == 2 else f"{prompt}/{response}/{answer}/{meta['bonus']}/{meta['episode']}"
+
+
+async def replies_async(prompt, response, answer, meta):
+    await asyncio.sleep(0)
+    return response[::-1]
+
+
+def replies_number(prompt, response, answer, meta):
+    return 7
+
+
+def replies_nothing(prompt, response, answer, meta):
+    return ""
+
+
+def replies_foreign(prompt, response, answer, meta):
+    return "½"
+
+
+def episodes(prompts, responses, answers, metas):
+    """Turns before the last one, and the length of the last."""
+    return [len(meta["episode"]) + len(text) / 10 for text, meta in zip(responses, metas, strict=True)]
