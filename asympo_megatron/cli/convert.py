@@ -42,8 +42,10 @@ def hf_to_megatron(arguments: argparse.Namespace) -> int:
     base = Config()
     base.model.path = str(arguments.src)
     config = override_config(base, arguments.overrides)
-    convert(config, arguments.src, arguments.dst, progress=_progress())
-    print(f"{arguments.dst}: start from it with model.init={arguments.dst} model.path={arguments.src}")
+    if convert(config, arguments.src, arguments.dst, progress=_progress()):
+        print(f"{arguments.dst}: start from it with model.init={arguments.dst} model.path={arguments.src}")
+    else:
+        print(f"{arguments.dst}: made by Megatron-Bridge, for trainers that know this family; `asympo train` does not")
     return 0
 
 

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from asympo_megatron.config import Config
+from asympo_megatron.conversion import bridge
 from asympo_megatron.conversion.hf_files import HFFiles
 from asympo_megatron.conversion.names import Entry, entries
 from asympo_megatron.conversion.places import Place, find_places
 from asympo_megatron.conversion.tensors import hf_shapes, join_from_hf, one_ahead, split_for_hf
 from asympo_megatron.conversion.torch_dist import TorchDistFiles, write_torch_dist
-from asympo_megatron.errors import AsympoError, CheckpointError, PublishError
+from asympo_megatron.errors import AsympoError, CheckpointError, ConfigError, PublishError
 from asympo_megatron.mcore import marker as markers
 from asympo_megatron.mcore.checksum import WholeChecksum
 from asympo_megatron.mcore.hf_config import ModelFacts, read_hf_config
@@ -45,14 +46,19 @@ _STORED = {
 """Training arguments of Megatron-LM that must agree with config.json, and the fact each of them is."""
 
 
-def hf_to_megatron(config: Config, source: str | Path, target: str | Path, progress: Progress | None = None) -> None:
+def hf_to_megatron(config: Config, source: str | Path, target: str | Path, progress: Progress | None = None) -> bool:
     """Write the weights of a Hugging Face directory as a Megatron checkpoint, which ``model.init=TARGET`` starts from.
+
+    A family without a table in ``conversion.names`` goes through Megatron-Bridge, for trainers that know it.
 
     Args:
         config: its ``parallel`` and ``model.megatron`` are what the checkpoint is to be loaded with: contradictions
             with the model are found here. Tensors keep their dtype.
         source: directory with config.json, safetensors and a tokenizer.
         target: directory to make.
+
+    Returns:
+        Whether ``model.init`` starts from it.
 
     Raises:
         ConfigError, UnknownNameError: the model is not supported, or the layout cannot hold it.
@@ -61,6 +67,10 @@ def hf_to_megatron(config: Config, source: str | Path, target: str | Path, progr
     """
     source, target = Path(source), Path(target)
     hf_config = read_config(source)
+    if bridge.needs_bridge(hf_config):
+        with _made_whole(target) as temporary:
+            bridge.import_checkpoint(hf_config, source, temporary)
+        return False
     facts = plan_model(config, hf_config).facts
     files = HFFiles(source)
     table = list(entries(facts))
@@ -94,6 +104,7 @@ def hf_to_megatron(config: Config, source: str | Path, target: str | Path, progr
         dtype = names.get(dtypes[0], "fp16") if len(set(dtypes)) == 1 else "mixed"
         marker = markers.make_marker(config, facts, step=0, ranks=1, dtype=dtype, checksum=checksum.digits())
         markers.write_marker(temporary, marker)
+    return True
 
 
 def megatron_to_hf(
@@ -120,8 +131,17 @@ def megatron_to_hf(
         CheckpointError: the source is damaged, incomplete or of another model, or the target exists.
         PublishError: the target cannot be written; nothing partial stays behind.
     """
-    weights = MegatronWeights(source, model_files)
     target = Path(target)
+    directory = find_checkpoint(Path(source))
+    files = find_model_files(directory, model_files)
+    hf_config = read_config(files)
+    if bridge.needs_bridge(hf_config):
+        if dtype is not None:
+            raise ConfigError("Megatron-Bridge keeps the dtype of the checkpoint: leave --dtype out.")
+        with _made_whole(target) as temporary:
+            bridge.export_checkpoint(hf_config, directory, files, temporary)
+        return
+    weights = MegatronWeights(source, model_files)
     _refuse_existing(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     described = Manifest(version=0, step=weights.step, checksum=weights.checksum, files={})
