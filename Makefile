@@ -58,7 +58,7 @@ $(SMOLLM2)/config.json: tools/smollm2.py | $(DEV_STAMP)
 test-slow: setup smollm2  ## tests that take minutes, with several torchrun agents on loopback
 	$(ONE_THREAD) $(BIN)/python -m pytest -m "(slow or multihost) and not sglang and not gpu" --timeout=1200 $(PYTEST_ARGS)
 
-INTEGRATIONS := verl trl skyrl areal
+INTEGRATIONS := verl trl skyrl areal bridge_maps
 INTEGRATION_TESTS := $(INTEGRATIONS:%=test-integration-%)
 .PHONY: test-integrations $(INTEGRATION_TESTS)
 test-integrations: $(INTEGRATION_TESTS)  ## the adapters against the real verl, TRL, SkyRL and AReaL
