@@ -120,7 +120,12 @@ class Codec:
         Raises:
             TaskError: no token, an id outside the vocabulary, or characters that the tokenizer cannot express.
         """
-        ids = self.tokenizer.encode(self.render_reply(text), add_special_tokens=False)
+        try:
+            ids = self.tokenizer.encode(self.render_reply(text), add_special_tokens=False)
+        except (TypeError, UnicodeError) as error:  # half of a surrogate pair, as in badly decoded output of a tool
+            raise TaskError(
+                f"a reply that is no text: {text[:200]!r} ({error}). Decode it with errors='replace'."
+            ) from error
         if self.template == "chat":
             end = next((place for place, token in enumerate(ids) if token in self.stop_token_ids), None)
             if end is not None and turn[-1] == ids[end]:

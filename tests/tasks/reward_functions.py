@@ -127,6 +127,10 @@ def replies_nothing(prompt, response, answer, meta):
     return ""
 
 
+async def replies_bytes(prompt, response, answer, meta):
+    return b"\xff".decode(errors="surrogateescape")
+
+
 def replies_foreign(prompt, response, answer, meta):
     return "½"
 

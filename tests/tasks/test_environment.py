@@ -63,6 +63,7 @@ def test_an_async_function_stays_in_the_process(shared_spell_task):
         ("raises", r"environment reward_functions:raises failed on prompt 4 in 1 tries .*KeyError: 'judge model is"),
         ("dies", r"failed on prompt 4 in 1 tries .*WorkerLostError: the worker died"),
         ("replies_number", r"environment to prompt 4: expected a text or None, got int"),
+        ("replies_bytes", r"prompt 4: a reply that is no text: '.udcff' .*errors='replace'"),
         ("replies_foreign", r"prompt 4: a reply with characters outside the vocabulary: '½'"),
     ],
 )
