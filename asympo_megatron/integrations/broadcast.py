@@ -4,6 +4,7 @@ Axis suffixes: T local tokens, R responses of the micro-batch, L padded response
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -46,7 +47,7 @@ def gather_responses(
     advantage_T: Tensor,
     response_ids_T: Tensor,
     num_responses: int,
-    **logprobs_T: Tensor | None,
+    **logprobs_T: Any,
 ) -> ResponseBatch:
     """The batch of whole responses: advantages by :func:`response_value`, trained tokens counted.
 

@@ -1,7 +1,7 @@
 """Megatron-Bridge: ``pretrain(config, forward_step_func=ForwardStep(objective))``.
 
-Checked against Megatron-Bridge 067f987 of 2026-08-22 (0.7.0 in development; ``src/megatron/bridge/training/
-{train,gpt_step,forward_step_func_types}.py``, ``training/utils/{train_utils,pg_utils}.py``).
+Checked against megatron-bridge 0.6.2, and read in 067f987 of 2026-08-22 (0.7.0 in development; ``megatron/bridge/
+training/{train,gpt_step,forward_step_func_types}.py``, ``training/utils/{train_utils,pg_utils}.py``).
 
 Bridge runs Megatron's schedules, with the loss callback of :mod:`asympo_megatron.integrations.megatron_lm`. It
 injects its ``GlobalState`` where the first parameter is called ``state``, and keeps the process groups with the model

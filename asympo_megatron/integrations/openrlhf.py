@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from asympo_megatron.errors import ConfigError, IntegrationError
+from asympo_megatron.errors import BatchError, ConfigError, IntegrationError
 from asympo_megatron.integrations.padded import padded_token_loss, require_no_behavior_data, require_off
 from asympo_megatron.objectives import Objective, build_objective
 
@@ -61,9 +61,11 @@ class ObjectiveLoss:
         """(loss, clip ratio, KL, ...): the comparisons with other policies, which this loss does not make, are 0.
 
         Raises:
-            BatchError: advantages differ inside a response.
+            BatchError: no global batch size, or advantages that differ inside a response.
         """
         terms_RL, _ = padded_token_loss(self.objective, log_probs, action_mask, advantages)
+        if global_batch_size is None:
+            raise BatchError("openrlhf handed over no global_batch_size, so micro-batches would not add up.")
         loss = terms_RL.sum() / global_batch_size * dp_size
         nothing = torch.zeros_like(loss, requires_grad=False)
         return loss, nothing, nothing, None, None

@@ -1,4 +1,4 @@
-"""Contracts of verl 0.9.1, skyrl 0.3.0, areal 1.0.4 and trl 1.16.0 as recorded: names, signatures, what is divided.
+"""Contracts of verl 0.9.1, skyrl 0.3.0, areal 1.0.4, openrlhf 0.11.2 and trl 1.16.0 as recorded.
 
 Stand-ins hold only what an adapter touches, so that the adapters are tested without the packages. That they agree with
 the packages is what ``make test-integrations`` is for.
@@ -191,6 +191,49 @@ def areal_modules():
 def _record(**values):
     for value in values.values():
         assert isinstance(value, (torch.Tensor, float, str))
+
+
+def openrlhf_modules():
+    class PolicyLoss:
+        def forward(
+            self,
+            log_probs,
+            old_log_probs,
+            advantages,
+            action_mask=None,
+            rollout_log_probs=None,
+            dp_size=1,
+            batch_num_tokens=None,
+            global_batch_size=None,
+        ):
+            raise NotImplementedError
+
+    class PolicyModelActor:
+        def init_model_from_pretrained(self, strategy, pretrain, max_steps=None, vllm_engines=None):
+            self.trainer = ActorPPOTrainer()
+
+        def forward(self, sequences, action_mask=None, attention_mask=None):
+            raise AssertionError("the pass for old log-probs")
+
+    class ActorPPOTrainer:
+        def __init__(self):
+            self.actor_loss_fn = PolicyLoss()
+
+    actor = SimpleNamespace(
+        PolicyModelActor=SimpleNamespace(__ray_actor_class__=PolicyModelActor), ActorPPOTrainer=ActorPPOTrainer
+    )
+    return {
+        "ray": {"remote": lambda **_: lambda made: SimpleNamespace(__ray_actor_class__=made)},
+        "openrlhf.models": {"PolicyLoss": PolicyLoss},
+        "openrlhf.trainer.ray": {"ppo_actor": actor},
+    }
+
+
+def openrlhf_args(estimator="dr_grpo", is_correction_level="off", init_coef=0.0, use_loss=False):
+    """OpenRLHF's nested namespace: what the adapter looks at."""
+    advantage = SimpleNamespace(estimator=estimator, is_correction_level=is_correction_level)
+    kl = SimpleNamespace(init_coef=init_coef, use_loss=use_loss, unbiased_gradient=False)
+    return SimpleNamespace(algo=SimpleNamespace(advantage=advantage, kl=kl))
 
 
 class _Accelerator:

@@ -1,12 +1,15 @@
-"""Examples for verl, TRL, SkyRL and AReaL name what the adapters have, and docs/integrations.md shows them."""
+"""Examples for verl, TRL, SkyRL, AReaL and OpenRLHF name what the adapters have; docs/integrations.md shows them."""
 
 import ast
+import itertools
+import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
-from recorded import areal_modules, load_adapter, trl_async_modules, trl_modules
+from recorded import areal_modules, load_adapter, openrlhf_modules, trl_async_modules, trl_modules
 
 from asympo_megatron.objectives import build_objective
 
@@ -54,6 +57,17 @@ def test_the_skyrl_script_sets_the_reduction_that_the_adapter_asks_for():
     assert given["generator.sampling_params.logprobs"] == "null"
 
 
+def test_the_openrlhf_script_builds_the_objective_and_centres_groups(monkeypatch):
+    adapter = load_adapter(monkeypatch, "openrlhf", openrlhf_modules())
+    words = shlex.split((EXAMPLES / "openrlhf.sh").read_text().replace("\\\n", " "), comments=True)
+    given = dict(itertools.pairwise(words))
+    assert given["-m"] == adapter.__name__
+    objective = build_objective(given["--asympo.objective"], **json.loads(given["--asympo.options"]))
+    assert objective == build_objective("asympo", nll_floor=1e-3)
+    assert given["--algo.advantage.estimator"] in adapter._CENTRED
+    assert float(given["--algo.kl.init_coef"]) == 0
+
+
 def test_the_areal_file_passes_the_adapter_s_checks(monkeypatch):
     adapter = load_adapter(monkeypatch, "areal", areal_modules())
     actor = OmegaConf.load(EXAMPLES / "areal_gsm8k.yaml").actor
@@ -61,7 +75,9 @@ def test_the_areal_file_passes_the_adapter_s_checks(monkeypatch):
     adapter.AsympoFSDPPPOActor(adapter.AsympoActorConfig(**actor))
 
 
-@pytest.mark.parametrize("stem", ["verl.sh", "skyrl.sh", "trl_grpo.py", "trl_async_grpo.py", "areal_gsm8k.yaml"])
+@pytest.mark.parametrize(
+    "stem", ["verl.sh", "skyrl.sh", "trl_grpo.py", "trl_async_grpo.py", "areal_gsm8k.yaml", "openrlhf.sh"]
+)
 def test_the_page_shows_what_the_examples_hold(stem):
     page = DOCS.read_text()
     assert f"../examples/integrations/{stem}" in page

@@ -150,22 +150,3 @@ def test_roll_without_loss_scale_is_refused(adapter):
     worker.worker_config = Namespace(apply_loss_scale=False)
     with pytest.raises(ConfigError, match=r"actor_train\.apply_loss_scale is false"):
         worker.loss_func(Namespace(batch={}), torch.zeros(1))
-
-
-def test_a_checkout_that_has_changed_is_told_apart_from_a_missing_package(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "changed_stack.py").write_text("def loss_function(args, data):\n    pass\n")
-    (tmp_path / "needy_stack.py").write_text("import a_package_that_nobody_has\n")
-    function = checkout.upstream("changed_stack", "loss_function")
-    with pytest.raises(IntegrationError, match="has no parameter batch; it takes args, data"):
-        checkout.require_parameters(function, ["args", "batch"])
-    with pytest.raises(IntegrationError, match="was written for args, batch"):
-        checkout.require_call(function, ["args", "batch"])
-    with pytest.raises(IntegrationError, match="changed_stack has no gone: it has moved or been renamed"):
-        checkout.upstream("changed_stack", "gone")
-    with pytest.raises(IntegrationError, match="the checkout has no module gone_stack"):
-        checkout.upstream("gone_stack.loss", "loss_function")
-    with pytest.raises(IntegrationError, match="a_package_that_nobody_has, which is not installed here"):
-        checkout.upstream("needy_stack", "loss_function")
-    with pytest.raises(IntegrationError, match="is no checkout of prime_rl"):
-        checkout.enter("prime_rl", tmp_path)

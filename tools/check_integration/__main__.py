@@ -3,13 +3,13 @@
     python tools/check_integration NAME PATH_TO_CHECKOUT
 
 NAME is slime, miles, nemo_rl, prime_rl, roll, megatron_lm or megatron_bridge. Exit status 0: every comparison agrees to
-1e-6. Run it in the framework's environment, or with the packages of
-requirements.txt beside ours.
+1e-6. Run it in the framework's environment, or with the packages of requirements.txt beside ours.
 """
 
 import argparse
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -51,21 +51,29 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("path", type=Path, help="a checkout of the framework")
     chosen = parser.parse_args(arguments)
     print(f"{chosen.name} at {commit(chosen.path)}")
-    failed = 0
-    try:
-        for objective, layout, gradient in results(chosen.name, chosen.path):
-            _, want = core_gradient(build_objective(objective, **CASES[objective]), make_batch())
-            try:
-                assert_same_gradient(gradient, want, make_batch())
-                print(f"  same gradient: {objective}, {layout}")
-            except AssertionError as error:
-                failed += 1
-                print(f"  DIFFERENT: {objective}, {layout}: {error}")
-    except (AsympoError, RuntimeError, ImportError) as error:
-        print(f"FAILED: {error}", file=sys.stderr)
-        return 2
+    with tempfile.TemporaryDirectory() as logs:
+        os.environ["ROLL_LOG_DIR"] = logs  # otherwise ROLL writes ./output/logs while it is imported
+        try:
+            failed = compare(chosen.name, chosen.path)
+        except (AsympoError, RuntimeError, ImportError) as error:
+            print(f"FAILED: {error}", file=sys.stderr)
+            return 2
     print("FAILED" if failed else "PASS")
     return 1 if failed else 0
+
+
+def compare(name: str, path: Path) -> int:
+    """How many comparisons differ; prints a line for each."""
+    failed = 0
+    for objective, layout, gradient in results(name, path):
+        _, want = core_gradient(build_objective(objective, **CASES[objective]), make_batch())
+        try:
+            assert_same_gradient(gradient, want, make_batch())
+            print(f"  same gradient: {objective}, {layout}")
+        except AssertionError as error:
+            failed += 1
+            print(f"  DIFFERENT: {objective}, {layout}: {error}")
+    return failed
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Placeholders for packages that a framework imports beside its loss path: trackers, plots, clients of services.
+"""Placeholders for packages that a framework imports beside its loss path: trackers, services, engines, kernels.
 
 Only the packages named here, and only where they are not installed. Calling anything of a placeholder raises, so no
 compared number can come out of one.
@@ -25,6 +25,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
         "uvicorn",
         "wandb",
     ),
+    "openrlhf": ("deepspeed", "flash_attn", "peft", "pylatexenc", "vllm"),
     "megatron_bridge": (
         "datasets",
         "einops",
