@@ -58,19 +58,20 @@ $(SMOLLM2)/config.json: tools/smollm2.py | $(DEV_STAMP)
 test-slow: setup smollm2  ## tests that take minutes, with several torchrun agents on loopback
 	$(ONE_THREAD) $(BIN)/python -m pytest -m "(slow or multihost) and not sglang and not gpu" --timeout=1200 $(PYTEST_ARGS)
 
-INTEGRATIONS := verl trl skyrl areal bridge_maps
+INTEGRATIONS := verl trl skyrl areal openrlhf megatron_bridge bridge_maps
 INTEGRATION_TESTS := $(INTEGRATIONS:%=test-integration-%)
 .PHONY: test-integrations $(INTEGRATION_TESTS)
-test-integrations: $(INTEGRATION_TESTS)  ## the adapters against the real verl, TRL, SkyRL and AReaL
+test-integrations: $(INTEGRATION_TESTS)  ## the adapters against the real packages: verl, TRL, SkyRL, AReaL, OpenRLHF, Bridge
 
-# A folder for each, before .venv on the path: their pins conflict with each other's.
+# A folder for each, before .venv on the path: their pins conflict with each other's. Megatron's metadata asks for a
+# newer Python than the loss path needs.
 $(INTEGRATION_TESTS): test-integration-%: $(VENV)-integrations/%/.installed
 	$(ONE_THREAD) HF_HUB_OFFLINE=1 PYTHONPATH=$(<D) $(BIN)/python -m pytest -m slow --timeout=1200 $(PYTEST_ARGS) \
 	  $(wildcard tests/integrations/test_$*.py tests/integrations/test_$*_real.py)
 
 $(VENV)-integrations/%/.installed: tests/integrations/requirements/%.txt | $(DEV_STAMP)
 	@rm -rf $(@D)
-	@$(PIP) --no-deps --target $(@D) -r $<
+	@$(PIP) --no-deps --ignore-requires-python --target $(@D) -r $<
 	@touch $@
 
 coverage: setup  ## every line and branch of objectives/ and parallel/ is run by their tests
@@ -102,8 +103,8 @@ gpu-smoke: setup  ## short runs on a CUDA device; GPU_PYTHON names a Python with
 docs: setup  ## regenerate docs/configuration.md from the schema
 	$(BIN)/python tools/config_reference.py
 
-clean:  ## remove the environment and caches; runs/ stays
-	rm -rf $(VENV) $(LATEST_VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .coverage dist
+clean:  ## remove all environments and caches; runs/ stays
+	rm -rf $(VENV) $(VENV)-integrations .venv-sglang $(LATEST_VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .coverage dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
