@@ -3,7 +3,7 @@
 import ast
 import importlib
 import re
-import subprocess
+import runpy
 import sys
 import tomllib
 from argparse import Namespace
@@ -87,10 +87,9 @@ def test_a_python_example_imports_names_that_exist(monkeypatch, stem):
     assert [name for name in names if not hasattr(module, name)] == []
 
 
-def test_the_loss_alone_raises_the_right_response():
-    program = [sys.executable, str(ROOT / "examples" / "01_loss_only.py")]
-    done = subprocess.run(program, capture_output=True, text=True, check=True, timeout=120)
-    right, wrong = zip(*re.findall(r"right ([\d.]+), wrong ([\d.]+)", done.stdout), strict=True)
+def test_the_loss_alone_raises_the_right_response(capsys):
+    runpy.run_path(str(ROOT / "examples" / "01_loss_only.py"), run_name="__main__")
+    right, wrong = zip(*re.findall(r"right ([\d.]+), wrong ([\d.]+)", capsys.readouterr().out), strict=True)
     assert [float(value) for value in right] == sorted(map(float, right), reverse=True)
     assert float(right[-1]) < float(right[0]) < float(wrong[-1])
 
