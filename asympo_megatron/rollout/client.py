@@ -8,7 +8,7 @@ from typing import Any
 
 import aiohttp
 import msgspec
-from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_exponential
+from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt, wait_exponential
 from yarl import URL
 
 from asympo_megatron.errors import EngineError
@@ -188,7 +188,7 @@ class EngineClient:
         self, method: str, path: str, payload: Any, attempts: int = 3, timeout_s: float | None = None
     ) -> bytes:
         retrying = AsyncRetrying(
-            retry=retry_if_exception_type(EngineLost),
+            retry=retry_if_exception(_lost_at_once),
             stop=stop_after_attempt(attempts),
             wait=wait_exponential(multiplier=0.05, max=1.0),
             reraise=True,
@@ -218,6 +218,11 @@ class EngineClient:
             await self.abort(rid)
         except EngineError as error:
             log.warning("%s", error)
+
+
+def _lost_at_once(error: BaseException) -> bool:
+    """Whether asking again may help: an engine that was silent until the deadline has had its time."""
+    return isinstance(error, EngineLost) and not isinstance(error.__cause__, TimeoutError)
 
 
 def _success(body: bytes) -> bool:

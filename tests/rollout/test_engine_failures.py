@@ -175,6 +175,30 @@ def test_hung_engine_is_found_within_engine_timeout_s(tmp_path: Path) -> None:
     run_async(scenario())
 
 
+def test_engine_that_hangs_in_a_pause_is_asked_once(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        engine, other = FakeEngine(VOCAB), FakeEngine(VOCAB)
+        async with world(tmp_path, small_config(rollout__engine_timeout_s=0.5), [engine, other]) as w:
+            await w.trainer.attach()
+            await w.trainer.publish(0)
+            held = w.controller.parts.fleet.engines[engine.url]
+            await w.until(lambda: held.serving)
+            silence, note, asked = asyncio.Event(), engine._note, []
+
+            async def mute(path: str, body: dict[str, Any]) -> None:
+                asked.append(path)
+                await (silence.wait() if path == "/pause_generation" else note(path, body))
+
+            engine._note = mute  # type: ignore[method-assign]
+            await w.trainer.publish(1)
+            await w.until(lambda: held.state is EngineState.QUARANTINED)
+            assert "/pause_generation failed (TimeoutError)" in held.last_error
+            assert asked.count("/pause_generation") == 1, "every further try would take engine_timeout_s again"
+            silence.set()
+
+    run_async(scenario())
+
+
 def test_engine_that_answers_but_generates_nothing_is_taken_out(tmp_path: Path) -> None:
     """Labels, pauses and loads go well, requests stay: it is asked for a token, no request before."""
 
