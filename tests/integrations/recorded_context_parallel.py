@@ -1,6 +1,6 @@
 """slime and miles as recorded from their sources (commits in the adapters): signatures, layouts and scaling.
 
-Ranks are threads, so the context-parallel place of a rank lives in a thread-local. The index arithmetic is our own.
+Ranks may be threads, so the context-parallel place of a rank lives in a thread-local. The index arithmetic is our own.
 """
 
 import importlib
@@ -164,14 +164,15 @@ def install(monkeypatch, modules):
             setattr(sys.modules[path], item.__name__, item)
 
 
-def enter(group, cp_size):
-    """Tell this thread where it is; context-parallel ranks are neighbours, as in Megatron."""
+def enter(group, cp_size, context=None):
+    """Tell this rank where it is; context-parallel ranks are neighbours, as in Megatron.
+
+    Threads hold one group: there all ranks are one context-parallel group, or none is. Processes pass theirs.
+    """
     rank, size = group.rank(), group.size()
     place.dp_rank, place.dp_size = rank // cp_size, size // cp_size
     place.cp_rank, place.cp_size = rank % cp_size, cp_size
-    place.group = group if cp_size == size else None
-    if 1 < cp_size < size:
-        raise NotImplementedError("threads hold one group: all ranks are one context-parallel group, or none is")
+    place.group = context or (group if cp_size == size else None)
 
 
 def mpu_stand_in():

@@ -5,6 +5,7 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
+import gloo_ranks
 import pytest
 import recorded_context_parallel as recorded
 import torch
@@ -12,7 +13,7 @@ from parity import CASES, assert_same_gradient, core_gradient, make_batch
 
 from asympo_megatron.errors import BatchError, ConfigError
 from asympo_megatron.objectives import build_objective
-from asympo_megatron.testing.distributed import run_threads
+from asympo_megatron.testing.distributed import run_distributed, run_threads
 
 sys.path.append(str(Path(__file__).parents[2] / "tools" / "check_integration"))
 import context_parallel
@@ -47,6 +48,24 @@ def test_the_gradient_is_the_cores(adapter, ranks, cp_size, objective):
     for case in context_parallel.cases(name, cp_size):
         for got in run_threads(rank_gradient, ranks, name, cp_size, objective, case):
             assert_same_gradient(got, want, make_batch())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("name", NAMES)
+def test_processes_over_gloo_have_the_cores_gradient(name, ranks):
+    batch, seen = make_batch(), set()
+    want = {objective: core_gradient(build_objective(objective, **CASES[objective]), batch)[1] for objective in CASES}
+    for results in run_distributed(gloo_ranks.gradients, ranks, name, timeout_s=300):
+        for objective, layout, gradient in results:
+            seen.add((objective, layout))
+            if objective == "mutant":
+                with pytest.raises(AssertionError, match="relative error"):
+                    assert_same_gradient(gradient, want["asympo"], batch)
+            else:
+                assert_same_gradient(gradient, want[objective], batch)
+    layouts = context_parallel.LAYOUTS[ranks]
+    assert seen == {(name, layout) for name in (*CASES, "mutant") for layout in layouts} - {("mutant", (ranks, 1))}
 
 
 def test_sums_of_one_rank_alone_are_caught(adapter, monkeypatch):
