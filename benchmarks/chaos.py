@@ -137,27 +137,31 @@ def show(report: harness.Report, tally: Tally, prefix: str, faults: int) -> None
         report.show(f"{prefix}/seen", count, "times", what=what)
 
 
+def run_small(report: harness.Report, arguments: argparse.Namespace, context: Any, home: Path) -> None:
+    """The campaigns on the small trainer."""
+    campaigns, size = (1, QUICK) if arguments.quick else (CAMPAIGNS, CAMPAIGN)
+    faults, tally = draw(campaigns * size, arguments.seed), Tally()
+    if arguments.mutant:
+        campaigns, size, faults = 1, 3, [MUTANTS[arguments.mutant]] * 3
+    for k in range(campaigns):
+        started_s, part = time.monotonic(), faults[k * size :][:size]
+        tally.add(
+            f"campaign {k}", small_campaign(context, home / str(k), part, arguments.seed + k, arguments.mutant or "")
+        )
+        print(f"# campaign {k} took {time.monotonic() - started_s:.0f} s", flush=True)
+    show(report, tally, "chaos", campaigns * size)
+
+
 def run(report: harness.Report, arguments: argparse.Namespace, home: Path) -> None:
     """All campaigns."""
     started_s = time.monotonic()
     context = process_context()
-    small, real = Tally(), Tally()
-    campaigns, size = (1, QUICK) if arguments.quick else (CAMPAIGNS, CAMPAIGN)
-    faults = draw(campaigns * size, arguments.seed)
-    if arguments.mutant:
-        campaigns, size, faults = 1, 3, [MUTANTS[arguments.mutant]] * 3
-    for k in range(campaigns):
-        name = f"campaign {k}"
-        small.add(
-            name,
-            small_campaign(context, home / str(k), faults[k * size :][:size], arguments.seed + k, arguments.mutant),
-        )
-        print(f"# {name} is over after {time.monotonic() - started_s:.0f} s", flush=True)
-    show(report, small, "chaos", campaigns * size)
-    if not arguments.mutant:
-        chosen = list(FAULTS[:QUICK_REAL] if arguments.quick else FAULTS)
-        real.add("megatron", real_campaign(context, home / "megatron", chosen))
-        show(report, real, "chaos/megatron", len(chosen))
+    if arguments.part != "megatron":
+        run_small(report, arguments, context, home)
+    if arguments.part != "small" and not arguments.mutant:
+        chosen, tally = list(FAULTS[:QUICK_REAL] if arguments.quick else FAULTS), Tally()
+        tally.add("megatron", real_campaign(context, home / "megatron", chosen))
+        show(report, tally, "chaos/megatron", len(chosen))
     minutes = (time.monotonic() - started_s) / 60
     limit = GOAL_QUICK_MINUTES if arguments.quick else GOAL_MINUTES
     report.at_most("chaos/minutes", minutes, "min", limit, seed=arguments.seed, hang_s=HANG_S)
@@ -166,6 +170,7 @@ def run(report: harness.Report, arguments: argparse.Namespace, home: Path) -> No
 def main() -> int:
     parser = harness.parser(__doc__)
     parser.add_argument("--seed", type=int, default=0, help="of the order of the faults and their points")
+    parser.add_argument("--part", choices=("small", "megatron"), help="only the small trainer, or only the real one")
     parser.add_argument("--mutant", choices=sorted(MUTANTS), help="break the product: the verdict must notice")
     parser.add_argument("--keep", action="store_true", help="leave the directories of the campaigns")
     arguments = parser.parse_args()

@@ -174,8 +174,7 @@ class Conductor:
 
     def _note_refusal(self, old: BaseProcess) -> None:
         old.join()
-        why = self._why(old)
-        self.counts["woken trainers refused" if "StaleIncarnationError" in why else f"woken trainer: {why[:90]}"] += 1
+        self.counts[f"woken trainer ended by {_kind(self._why(old))}"] += 1
 
     def _second_controller(self) -> None:
         first = self.processes.pop("controller")
@@ -235,7 +234,7 @@ class Conductor:
                 requeued = process.exitcode == EXIT_REQUEUE
                 why = "" if requeued or (process.exitcode or 0) < 0 else self._why(process)
                 if why:
-                    self.counts[f"{role} ended: {why[:110]}"] += 1
+                    self.counts[f"{role} ended by {_kind(why)}"] += 1
                 self._start(role)
         if time.monotonic() > self._asked_s + 0.5:
             self._asked_s = time.monotonic()
@@ -310,3 +309,8 @@ class Conductor:
                 return json.loads(reply.read())
         except (OSError, urllib.error.URLError, ValueError):  # down, stopped or busy: it is asked again
             return None
+
+
+def _kind(why: str) -> str:
+    """The class of the error that ended a process."""
+    return why.split(":")[0]

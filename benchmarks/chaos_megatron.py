@@ -14,7 +14,7 @@ from chaos_trainer import GATE
 from chaos_world import World
 
 from asympo_megatron.cli.main import main as asympo
-from asympo_megatron.mcore import Checkpoints, Learner, checkpoint
+from asympo_megatron.mcore import Checkpoints, Learner, checkpoint_save
 from asympo_megatron.trainer.client import ControllerClient
 from asympo_megatron.trainer.rows import MetricsRows
 
@@ -29,6 +29,13 @@ FAULTS = (
     Fault("controller", "checkpoint", "commit:before", "kill"),
     Fault("trainer", "checkpoint", "commit:after", "kill"),
     Fault("trainer", "checkpoint", "save:before", "disk_full"),
+)
+PIERCED: tuple[tuple[Any, str, str], ...] = (
+    (Learner, "step", "step"),
+    (Checkpoints, "begin", "save"),
+    (checkpoint_save, "write_marker", "marker"),
+    (ControllerClient, "lease", "lease"),
+    (ControllerClient, "commit", "commit"),
 )
 STEPS = 60
 
@@ -80,15 +87,7 @@ def run_real_trainer(world: World) -> None:
         write(self, number, lease, figures, checksum, laps)
 
     Learner.step, MetricsRows.write = gated, noted  # type: ignore[method-assign]
-    for owner, name, point in (
-        (Learner, "step", "step"),
-        (Learner, "save", "save"),
-        (checkpoint, "write_marker", "marker"),
-        (Checkpoints, "_prune", "prune"),
-        (ControllerClient, "lease", "lease"),
-        (ControllerClient, "payload", "payload"),
-        (ControllerClient, "commit", "commit"),
-    ):
+    for owner, name, point in PIERCED:
         points.pierce(owner, name, point)
     url = f"rollout.controller_url={world.controller_url}"
     code = asympo(["train", str(world.path / "run.yaml"), f"run.name={world.name}", url])

@@ -3,6 +3,7 @@
 from collections import Counter
 
 import chaos
+import chaos_megatron
 import pytest
 from chaos_plan import Fault, all_faults, check_points, draw
 from chaos_verdict import Verdict, judge_committed, judge_groups, judge_rows, judge_steps, judge_versions
@@ -108,6 +109,13 @@ def test_plan_brings_every_fault_before_any_comes_twice():
     assert len(kinds) == len(all_faults()) == len(set(all_faults()))
     assert set(kinds.values()) == {1, 2}
     assert draw(200, seed=3) == draw(200, seed=3) != draw(200, seed=4)
+
+
+def test_faults_on_the_real_trainer_are_at_points_it_has():
+    assert all(callable(getattr(owner, name)) for owner, name, _ in chaos_megatron.PIERCED)
+    reached = {f"{point}:{when}" for _, _, point in chaos_megatron.PIERCED for when in ("before", "after")}
+    assert len(chaos_megatron.FAULTS) == 10
+    assert {fault.point for fault in chaos_megatron.FAULTS if fault.role == "trainer"} <= reached
 
 
 def test_a_response_tells_whose_it_is():
