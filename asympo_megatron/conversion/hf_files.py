@@ -61,7 +61,7 @@ class HFFiles:
             )
 
     def read(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
-        """A copy of one tensor.
+        """One tensor; its memory is the file's, so nobody writes into it.
 
         Args:
             shape: what the config demands of it; None: anything.
@@ -71,7 +71,7 @@ class HFFiles:
         """
         self.dtype(name)
         with self._readable(name):
-            tensor: Tensor = self._opened(self.files[name]).get_tensor(name).clone()
+            tensor: Tensor = self._opened(self.files[name]).get_tensor(name)
         self._mapped += tensor.nbytes
         if shape is not None and tuple(tensor.shape) != shape:
             raise CheckpointError(
