@@ -127,13 +127,13 @@ class Checkpoints:
         return 0
 
     def _prune(self) -> int:
-        """Remove what is not kept, and leftovers of interrupted saves."""
+        """Remove what is not kept. Leftovers stay: one may be what a replacement of this trainer is writing."""
         complete = [step for step, path in _steps(self.root) if _is_complete(path)]
         for step in complete[: -self._keep_last]:
             # Renamed first: a crash in the middle of the removal must not leave a checkpoint that looks whole.
             doomed = self.root / f"step_{step:06d}{TEMPORARY}"
             (self.root / f"step_{step:06d}").rename(doomed)
-        remove_leftovers(self.root)
+            shutil.rmtree(doomed, ignore_errors=True)
         return complete[-self._keep_last :][0]
 
     @staticmethod

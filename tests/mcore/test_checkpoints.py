@@ -181,6 +181,18 @@ def test_only_the_last_are_kept(tmp_path: Path, one_rank: None) -> None:
     assert (checkpoints.root / "step_000004" / MARKER).stat().st_mtime_ns == before
 
 
+def test_cleaning_up_spares_the_save_of_a_replacement(tmp_path: Path, one_rank: None) -> None:
+    """A trainer that was stopped after its rename wakes and prunes while another one writes the next checkpoint."""
+    checkpoints, learner = _saved(tmp_path, 3, keep_last=2)
+    saving = checkpoints.root / "step_000005.0123abcd.tmp"
+    saving.mkdir()
+    checkpoints.save(learner)  # saved already: nothing but the clean-up
+    assert sorted(path.name for path in checkpoints.root.iterdir()) == ["step_000002", "step_000003", saving.name]
+    learner.step([make_rows(3, 4)], 4)
+    checkpoints.save(learner)
+    assert not saving.exists(), "leftovers go before the next save"
+
+
 def test_nothing_there(tmp_path: Path) -> None:
     assert Checkpoints(tmp_path / "none", 2).newest() is None
     with pytest.raises(CheckpointError, match=r"does not exist\. Check model.init"):
