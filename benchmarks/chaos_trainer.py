@@ -124,6 +124,7 @@ class HashCheckpoints(Checkpoints):
     def begin(self, learner: Any, *, background: bool) -> None:
         self._begun_step, self._problem = learner.step_count, None
         if not (self._directory / MARKER).is_file():
+            self._clear(self._directory)
             self._temporary = self._directory.with_name(f"{self._directory.name}.{secrets.token_hex(4)}.tmp")
             self._writer = threading.Thread(target=self._write, args=(learner.state(), learner.checksum()))
             self._writer.start()
