@@ -73,20 +73,21 @@ def check_game(calculator, codec, response):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_run_from_files_to_journal(calculator, tmp_path, monkeypatch):
     """The policy is random, so most calls are wrong ones; they are played to the end all the same."""
     monkeypatch.setitem(command_bench.ENV, "PYTHONPATH", str(EXAMPLES))
     monkeypatch.chdir(tmp_path)
     bench = command_bench.Bench(tmp_path, CONFIG)
     program = [sys.executable, str(EXAMPLES / "calculator.py"), str(CONFIG)]
-    subprocess.run(program, check=True, timeout=120, cwd=tmp_path, env=command_bench.ENV)
+    subprocess.run(program, check=True, timeout=240, cwd=tmp_path, env=command_bench.ENV)
     try:
         few = [f"run.steps={STEPS}", "rollout.eval.interval_steps=3", "rollout.eval.prompts=16", "run.warm_start=[]"]
         kept = [
             "checkpoint.interval_steps=1",
             "checkpoint.keep_last=9",
         ]  # the journal forgets what all checkpoints hold
-        bench.run("run", str(CONFIG), *few, *kept, "batch.groups_per_step=4")
+        bench.run("run", str(CONFIG), *few, *kept, "batch.groups_per_step=4", timeout_s=600)
     finally:
         bench.stop()
     rows = bench.rows("calculator_cpu")
