@@ -52,8 +52,8 @@ def require_off(section: Any, off: Mapping[str, Any], prefix: str = "") -> None:
     for name, value in off.items():
         if getattr(section, name) != value:
             raise ConfigError(
-                f"{prefix}{name} is {getattr(section, name)!r}, which the objective does not have or which breaks the "
-                f"zero sum of a group. Set {prefix}{name}={value}."
+                f"{prefix}{name} is {getattr(section, name)!r}: the objective has no use for it, or it breaks the zero "
+                f"sum of a group. Set {prefix}{name}={value}."
             )
 
 
