@@ -1,6 +1,7 @@
 """Faults: everything dies, stops, lies or fills up at named points, and every prompt is still trained exactly once.
 
-    python benchmarks/chaos.py [--quick] [--save] [--seed N] [--mutant early_commit|forgetful_lease|no_fence]
+    python benchmarks/chaos.py [--quick] [--save] [--seed N] [--part small|megatron]
+    python benchmarks/chaos.py --mutant early_commit|forgetful_lease|no_fence
 
 Engines (scripted), controller (the real one) and trainer (the real loop, client, publisher and checkpoints around a
 learner whose weights are a hash of what it was trained on) are processes that speak HTTP. 200 faults, in campaigns of
@@ -126,7 +127,8 @@ def show(report: harness.Report, tally: Tally, prefix: str, faults: int) -> None
         report.at_most(f"{prefix}/{name}", len(getattr(verdict, name)), "", 0)
     report.at_most(f"{prefix}/redone_differently", len(verdict.redone_differently), "steps", 0, redone=verdict.redone)
     dropped = sum(verdict.dropped.values())
-    report.show(f"{prefix}/groups", verdict.groups, "groups", trained=verdict.trained, dropped=dropped)
+    why = dict(verdict.dropped)
+    report.show(f"{prefix}/groups", verdict.groups, "groups", trained=verdict.trained, dropped=dropped, why=why)
     table: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
     for (role, phase, _, kind), count in tally.hits.items():
         table[role, phase][kind] += count

@@ -97,7 +97,7 @@ def run_real_trainer(world: World) -> None:
 
 def _last_error(log: Path) -> str:
     lines = [line for line in log.read_text().splitlines() if "Error" in line]
-    return lines[-1] if lines else "no reason in the log"
+    return lines[-1].removeprefix("asympo: ") if lines else "no reason in the log"
 
 
 def checksums(run: Path) -> list[str]:
