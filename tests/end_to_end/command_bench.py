@@ -35,7 +35,7 @@ class Bench:
         self.started.append(process)
         return process
 
-    def run(self, *arguments: str, launcher: list[str] | None = None, code: int = 0, timeout_s: float = 180) -> str:
+    def run(self, *arguments: str, launcher: list[str] | None = None, code: int = 0, timeout_s: float = 400) -> str:
         """Run a command to its end; returns what it printed."""
         process = self.start(*arguments, launcher=launcher)
         output, _ = process.communicate(timeout=timeout_s)
@@ -47,7 +47,7 @@ class Bench:
         for process in self.started:
             if process.poll() is None:
                 process.terminate()
-                process.wait(timeout=30)
+                process.wait(timeout=120)
 
     def rows(self, name: str) -> list[dict]:
         """Metrics rows of a run after row 0."""

@@ -32,7 +32,7 @@ def test_the_same_run_and_a_killed_one(bench):
     first.wait()
     bench.run("train", str(bench.config), "run.name=killed", *trained)
     controller.terminate()
-    controller.wait(timeout=30)
+    controller.wait(timeout=120)
     assert bench.checksums("killed") == bench.checksums("waiting")
     assert [row["incarnation"] for row in bench.rows("killed")][-1] == 2
     assert _committed(bench, "killed") == _committed(bench, "waiting") == [50, 60]
@@ -43,6 +43,6 @@ def test_a_signal_is_answered_with_a_complete_checkpoint(bench):
     process = bench.start("train", str(bench.config), "run.name=preempted", *more)
     wait_until_between_checkpoints(bench, "preempted", 10, process)
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=180)
     assert process.returncode == 75, output[-4000:]
     assert _committed(bench, "preempted")[-1] == bench.rows("preempted")[-1]["step"]
