@@ -13,9 +13,16 @@ from torch import Tensor
 
 TILE_BYTES = 64 * 2**20
 """Default size of one tile of float32 logits, 4096 x 4096: products of that shape run at full speed on any device."""
+CPU_TILE_BYTES = 16 * 2**20
+"""The same on a CPU, 2048 x 2048: the passes of the softmax over a tile then find it in the cache."""
 
 _FAR_BELOW = -1e4
 """exp of it is 0 in every dtype, and unlike -inf it can be multiplied by 0."""
+
+
+def default_tile_bytes(device: torch.device) -> int:
+    """Of a tile of float32 logits."""
+    return CPU_TILE_BYTES if device.type == "cpu" else TILE_BYTES
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -28,22 +35,24 @@ class LogitTiles:
     """How the logits are cut, and what they are.
 
     Args:
-        tile: tokens and vocabulary rows of one tile; None: square within ``TILE_BYTES``, as far as T and V allow.
+        tile: tokens and vocabulary rows of one tile; None: square within ``most_bytes``, as far as T and V allow.
         first_id: vocabulary id of the shard's first row.
         real_rows: rows of the shard in front of the padding.
         inverse_temperature: factor of the logits.
+        most_bytes: of a tile of float32 logits, where ``tile`` is None.
     """
 
     tile: tuple[int, int] | None
     first_id: int
     real_rows: int
     inverse_temperature: float
+    most_bytes: int = TILE_BYTES
 
     def shape(self, tokens: int) -> tuple[int, int]:
         """Tokens and vocabulary rows of the largest tile, both at least 1."""
         if self.tile is not None:
             return self.tile
-        entries = TILE_BYTES // 4
+        entries = self.most_bytes // 4
         narrow = max(1, min(math.isqrt(entries), self.real_rows))
         tile_tokens = max(1, min(tokens, entries // narrow))
         return tile_tokens, max(1, min(self.real_rows, entries // tile_tokens))

@@ -73,7 +73,7 @@ def spies(payload: dict[str, Any]) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for name, case in payload["cases"].items():
         join_group(name)
-        logit_tiles.TILE_BYTES = SMALL_TILE_BYTES if case.get("small_tile") else 4 * 4096**2
+        logit_tiles.CPU_TILE_BYTES = SMALL_TILE_BYTES if case.get("small_tile") else 4 * 2048**2
         try:
             results[name] = one_layer(case) if case["spy"] == "layer" else spied_step(case)
         finally:

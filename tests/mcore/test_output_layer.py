@@ -78,7 +78,7 @@ def test_the_weight_is_read_inside_forward_only(one_rank):
 
 def test_a_step_never_makes_tokens_by_vocabulary(one_rank, monkeypatch):
     assert spied_step({}) > 0  # the default tile is larger than these logits: the spy sees them
-    monkeypatch.setattr(logit_tiles, "TILE_BYTES", SMALL_TILE_BYTES)
+    monkeypatch.setattr(logit_tiles, "CPU_TILE_BYTES", SMALL_TILE_BYTES)
     assert spied_step({}) == 0
 
 

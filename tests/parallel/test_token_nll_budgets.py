@@ -79,9 +79,10 @@ def test_never_holds_tokens_times_vocabulary(with_entropy):
     ("tokens", "vocab", "shape"), [(64, 512, (32, 32)), (64, 16, (64, 16)), (4, 512, (4, 256)), (0, 512, (1, 512))]
 )
 def test_default_tile_is_square_within_its_budget(monkeypatch, tokens, vocab, shape):
-    assert logit_tiles.TILE_BYTES == 4 * 4096**2
-    monkeypatch.setattr(logit_tiles, "TILE_BYTES", 4 * 1024)
-    assert logit_tiles.LogitTiles(None, 0, vocab, 1.0).shape(tokens) == shape
+    assert logit_tiles.default_tile_bytes(torch.device("cpu")) == 4 * 2048**2
+    assert logit_tiles.default_tile_bytes(torch.device("cuda")) == 4 * 4096**2
+    monkeypatch.setattr(logit_tiles, "CPU_TILE_BYTES", 4 * 1024)
+    assert logit_tiles.LogitTiles(None, 0, vocab, 1.0, 4 * 1024).shape(tokens) == shape
     hidden, weight, target = inputs(tokens=tokens, hidden=2, vocab=vocab, dtype=torch.float32)
     with LargestAllocation() as seen:
         token_nll(hidden, weight, target)
