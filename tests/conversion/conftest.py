@@ -1,5 +1,6 @@
 """Tiny Hugging Face models of every family, one rank in this process."""
 
+import gc
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -60,6 +61,7 @@ def one_rank() -> Iterator[None]:
     shutdown()
     yield
     shutdown()
+    gc.collect()  # learners are full of cycles and hold process groups, whose threads wake a hundred times a second
     torch.set_num_threads(threads)
 
 

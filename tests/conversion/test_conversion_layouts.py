@@ -14,6 +14,7 @@ from asympo_megatron.conversion.hf_files import SINGLE
 from asympo_megatron.testing.megatron import run_ranks
 
 
+@pytest.mark.slow
 def test_two_ranks_load_and_export_the_same_bits(
     one_rank: None, make_hf: Callable[..., tuple[Any, Path]], tmp_path: Path
 ) -> None:

@@ -68,6 +68,7 @@ def test_two_agents_give_the_one_agent_result(bench):
     assert bench.checksums("two_agents") == bench.checksums("one_agent")
 
 
+@pytest.mark.slow
 def test_a_killed_trainer_resumes_bit_for_bit(bench):
     """SIGKILL between two checkpoints: the steps done again, and all after them, are those of a run left alone."""
     more = ["run.steps=60", "checkpoint.interval_steps=10"]

@@ -1,5 +1,6 @@
 """Fixtures of the Megatron tests: one rank in this process, several ranks in others."""
 
+import gc
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ def one_rank() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     shutdown()
+    gc.collect()  # learners are full of cycles and hold process groups, whose threads wake a hundred times a second
     torch.set_num_threads(threads)
 
 

@@ -227,6 +227,7 @@ def test_full_disk_leaves_nothing_half_written(tmp_path: Path, one_rank: None, s
     assert checkpoints.newest() == checkpoints.root / "step_000002"
 
 
+@pytest.mark.slow
 def test_one_rank_that_fails_to_save_does_not_wait_for_the_others(tmp_path: Path) -> None:
     """The first rank ends at once; the other, inside dist_checkpointing, then loses its peer instead of hanging."""
     first, second = run_ranks(f"{PROGRAM}:failing_save", 2, {"save": str(tmp_path / "step")}, timeout_s=60)
