@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from conversion_programs import PROGRAM, build
 from safetensors.torch import load_file
