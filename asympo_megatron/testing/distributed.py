@@ -25,7 +25,7 @@ import torch.distributed as dist
 Result = TypeVar("Result")
 
 
-def run_distributed(fn: Callable[..., Result], world_size: int, *args: Any, timeout_s: float = 120.0) -> list[Result]:
+def run_distributed(fn: Callable[..., Result], world_size: int, *args: Any, timeout_s: float = 300.0) -> list[Result]:
     """Call ``fn(rank, *args)`` in ``world_size`` fresh processes that share a gloo world.
 
     Start-up takes seconds: run many cases in one call. Every process is gone when this returns or raises.
@@ -66,7 +66,7 @@ def run_distributed(fn: Callable[..., Result], world_size: int, *args: Any, time
     return [results[rank] for rank in range(world_size)]
 
 
-def run_threads(fn: Callable[..., Result], world_size: int, *args: Any, timeout_s: float = 60.0) -> list[Result]:
+def run_threads(fn: Callable[..., Result], world_size: int, *args: Any, timeout_s: float = 300.0) -> list[Result]:
     """Call ``fn(group, *args)`` in ``world_size`` threads; ``group`` is a gloo group of them.
 
     There is no default process group: ``fn`` must pass ``group`` to every collective.

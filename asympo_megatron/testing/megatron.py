@@ -27,7 +27,7 @@ class RankError(AssertionError):
 
 
 def run_ranks(
-    program: str, world_size: int, payload: Mapping[str, Any] | None = None, *, timeout_s: float = 120.0
+    program: str, world_size: int, payload: Mapping[str, Any] | None = None, *, timeout_s: float = 300.0
 ) -> list[Any]:
     """Run ``program`` on ``world_size`` ranks under torchrun's environment variables and collect what each returns.
 

@@ -54,7 +54,7 @@ def scenario(rank):
 
 
 def test_every_rank_hears_the_same():
-    results = run_distributed(scenario, WORLD, timeout_s=90)
+    results = run_distributed(scenario, WORLD, timeout_s=400)
     for rank, (seen, _) in enumerate(results):
         assert seen["answer"] == 41
         assert seen["nothing"] is None
