@@ -6,8 +6,8 @@ VENV ?= .venv
 PIP_ARGS ?=
 PYTEST_ARGS ?=
 LATTICE_ARGS ?=
-# Workers of pytest-xdist. Tests run torch on one thread each, so one worker a core.
-TEST_WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
+# Workers of pytest-xdist. Tests run torch on one thread each, so one worker a core. (nproc obeys OMP_NUM_THREADS.)
+TEST_WORKERS ?= $(shell env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc 2>/dev/null || echo 2)
 
 BIN := $(VENV)/bin
 # `make setup` installs the CPU build of torch: GPU tests run in an environment of the user's own.
