@@ -23,11 +23,12 @@ from asympo_megatron.conversion.places import Place, find_places
 from asympo_megatron.conversion.tensors import hf_shapes, join_from_hf, one_ahead, split_for_hf
 from asympo_megatron.conversion.torch_dist import TorchDistFiles, write_torch_dist
 from asympo_megatron.errors import AsympoError, CheckpointError, ConfigError, PublishError
+from asympo_megatron.files import fsync
 from asympo_megatron.mcore import marker as markers
 from asympo_megatron.mcore.checksum import WholeChecksum
 from asympo_megatron.mcore.hf_config import ModelFacts, read_hf_config
 from asympo_megatron.mcore.model_config import DTYPES, plan_model
-from asympo_megatron.sync.disk import SHARD_BYTES, copy_model_files, fsync, write_model
+from asympo_megatron.sync.disk import SHARD_BYTES, copy_model_files, write_model
 from asympo_megatron.sync.manifest import Manifest
 
 MODEL_FILES = "hf"

@@ -26,6 +26,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint.api import CheckpointException
 
 from asympo_megatron.errors import CheckpointError
+from asympo_megatron.files import fsync
 from asympo_megatron.mcore.checkpoint import last_line, on_rank0, sharded_state
 from asympo_megatron.mcore.marker import make_marker, write_marker
 
@@ -228,15 +229,7 @@ def _prepare(directory: Path, needed_bytes: int) -> str:
 
 def _finish(temporary: Path, directory: Path, marker: dict[str, Any]) -> None:
     for file in temporary.iterdir():  # shards are on the disk already, what describes them may not be
-        _fsync(file)
+        fsync(file)
     write_marker(temporary, marker)
     os.rename(temporary, directory)
-    _fsync(directory.parent)  # the rename itself must survive a power cut
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    fsync(directory.parent)  # the rename itself must survive a power cut

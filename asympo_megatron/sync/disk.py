@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from asympo_megatron.errors import AsympoError, PublishError
+from asympo_megatron.files import fsync
 from asympo_megatron.sync.manifest import (
     MANIFEST_NAME,
     FileEntry,
@@ -187,15 +188,6 @@ def copy_model_files(source: Path, folder: Path) -> list[str]:
             shutil.copyfile(file, folder / file.name)
             names.append(file.name)
     return names
-
-
-def fsync(path: Path) -> None:
-    """Wait until a file, or the names in a directory, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _unwritable(target: Path, error: BaseException) -> str:
