@@ -134,6 +134,7 @@ def _prepared(tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None) 
         if dtype is not None and tensor.is_floating_point():
             tensor = tensor.to(dtype)
         yield name, tensor.cpu().contiguous()
+        del tensor  # before the next one is gathered
     if not seen:
         raise PublishError("no tensor was given; a version without weights cannot be loaded.")
 
@@ -150,6 +151,7 @@ def _write_shards(folder: Path, tensors: Iterator[tuple[str, Tensor]], shard_byt
                 shard = ShardFile(folder / f"shard-{len(shards)}")
                 shards.append(shard)
             shard.add(name, tensor)
+            del tensor
         shards[-1].close()
     finally:
         shards[-1].abandon()

@@ -1,7 +1,7 @@
 """The trainer's end of the collective transport: weights in buckets, handed to one engine at a time on command.
 
-    trainer            store(version, tensors) ── gather, bucket by bucket, into host memory; the learner goes on
-    controller (HTTP)  /join a group ─► /send each bucket ─► /leave                       engine receives beside it
+    trainer            store(version, tensors) ── gather, tensor by tensor, into a spool; the learner goes on
+    controller (HTTP)  /join a group ─► /send each bucket ─► /leave             engine receives beside it
 
 Every engine has a process group and a thread of its own here: a dead one times out alone.
 """
@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -20,8 +21,8 @@ from torch import Tensor
 
 from asympo_megatron import protocol
 from asympo_megatron.errors import AsympoError, PublishError
-from asympo_megatron.sync.bucket import Bucket, fill_buckets
 from asympo_megatron.sync.group import WeightGroup, join_group, open_store
+from asympo_megatron.sync.spool import Spool, spool_version
 
 log = logging.getLogger(__name__)
 _BODY_BYTES = 1 << 20
@@ -31,7 +32,7 @@ _BODY_BYTES = 1 << 20
 class _Channel:
     """One engine's group; joined by a thread, because both sides must come at the same time."""
 
-    buckets: list[Bucket]
+    spool: Spool
     store: dist.TCPStore
     joined: threading.Event = field(default_factory=threading.Event)
     group: WeightGroup | None = None
@@ -39,7 +40,7 @@ class _Channel:
 
 
 class WeightSender:
-    """Keeps published versions in host memory and broadcasts their buckets.
+    """Keeps published versions in spools and broadcasts their buckets.
 
     Args:
         host: address to listen on, and of every group's meeting point.
@@ -47,12 +48,21 @@ class WeightSender:
         backend: gloo | nccl.
         bucket_bytes: largest bucket, except where one tensor alone is larger.
         timeout_s: deadline of a join and of one bucket.
+        folder: where spools lie; None takes the system's temporary directory.
     """
 
-    def __init__(self, host: str, token: str | None, backend: str, bucket_bytes: int, timeout_s: float) -> None:
-        self._host, self._backend = host, backend
+    def __init__(
+        self,
+        host: str,
+        token: str | None,
+        backend: str,
+        bucket_bytes: int,
+        timeout_s: float,
+        folder: str | Path | None = None,
+    ) -> None:
+        self._host, self._backend, self._folder = host, backend, folder
         self._bucket_bytes, self._timeout_s = bucket_bytes, timeout_s
-        self._versions: dict[int, list[Bucket]] = {}
+        self._versions: dict[int, Spool] = {}
         self._channels: dict[str, _Channel] = {}
         self._secret = token
         self._server = ThreadingHTTPServer((host, 0), _handler(self))
@@ -66,8 +76,12 @@ class WeightSender:
         return f"{protocol.COLLECTIVE}{self._host}:{self._server.server_address[1]}"
 
     def store(self, version: int, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Take a version in, one bucket in hand at a time."""
-        self._versions[version] = list(fill_buckets(tensors, self._bucket_bytes))
+        """Take a version in, one tensor in hand at a time.
+
+        Raises:
+            PublishError: see :func:`~asympo_megatron.sync.spool.spool_version`.
+        """
+        self._versions[version] = spool_version(tensors, self._bucket_bytes, self._folder)
 
     def keep(self, versions: Collection[int]) -> None:
         """Forget all other versions; a transfer under way keeps what it sends."""
@@ -83,12 +97,11 @@ class WeightSender:
 
     def join(self, request: protocol.JoinGroupRequest) -> protocol.JoinGroupReply:
         """Open a group of which this process is rank 0. Answers at once; the engine may come now."""
-        buckets = self._buckets(request.version)
-        channel = _Channel(buckets, open_store(self._host, self._timeout_s))
+        spool = self._spool(request.version)
+        channel = _Channel(spool, open_store(self._host, self._timeout_s))
         self._channels[request.group] = channel
         threading.Thread(target=self._meet, args=(request, channel), name=request.group, daemon=True).start()
-        infos = [bucket.info for bucket in buckets]
-        return protocol.JoinGroupReply(self._host, channel.store.port, self._backend, infos)
+        return protocol.JoinGroupReply(self._host, channel.store.port, self._backend, spool.buckets)
 
     def send(self, request: protocol.SendBucketRequest) -> None:
         """Broadcast one bucket; returns when it is out.
@@ -104,7 +117,7 @@ class WeightSender:
         if channel.group is None:
             raise PublishError(f"group {request.group} was not joined: {channel.problem}")
         try:
-            channel.group.broadcast(channel.buckets[request.bucket].data.to(channel.group.device))
+            channel.group.broadcast(channel.spool.bucket(request.bucket).to(channel.group.device))
         except RuntimeError as error:
             raise PublishError(f"bucket {request.bucket} was not sent in group {request.group}: {error}") from error
 
@@ -118,12 +131,12 @@ class WeightSender:
         """Whether a request's Authorization header may command this sender."""
         return self._secret is None or secrets.compare_digest(header.encode(), f"Bearer {self._secret}".encode())
 
-    def _buckets(self, version: int) -> list[Bucket]:
-        buckets = self._versions.get(version)
-        if buckets is None:
+    def _spool(self, version: int) -> Spool:
+        spool = self._versions.get(version)
+        if spool is None:
             held = ", ".join(map(str, sorted(self._versions))) or "none"
             raise PublishError(f"version {version} is not held any more (held: {held}); a newer one replaces it.")
-        return buckets
+        return spool
 
     def _meet(self, request: protocol.JoinGroupRequest, channel: _Channel) -> None:
         try:

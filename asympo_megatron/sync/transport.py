@@ -48,7 +48,7 @@ class DiskTransport:
 
 
 class CollectiveTransport:
-    """Buckets in this process's memory, broadcast to each engine on the controller's command."""
+    """Buckets beside this process, broadcast to each engine on the controller's command."""
 
     def __init__(self, sender: WeightSender) -> None:
         self._sender = sender

@@ -141,6 +141,7 @@ def _transport(config: Config, layout: Layout, run_dir: RunDir, model_dir: Path)
         backend="nccl" if layout.device.type == "cuda" else "gloo",
         bucket_bytes=sync.bucket_bytes,
         timeout_s=config.rollout.engine_timeout_s,
+        folder=sync.spool_dir,
     )
     return CollectiveTransport(sender)
 

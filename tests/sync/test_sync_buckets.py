@@ -1,11 +1,18 @@
-"""Buckets of named tensors: nothing is lost, nothing is misaligned, a large tensor travels alone."""
+"""Versions in a spool: nothing is lost, nothing is misaligned, a large tensor travels alone, nothing stays behind."""
+
+import gc
+import mmap
+import os
+import weakref
+from pathlib import Path
 
 import pytest
 import torch
 
 from asympo_megatron.config import load_config
 from asympo_megatron.errors import ConfigError, PublishError
-from asympo_megatron.sync.bucket import Bucket, fill_buckets, split_bucket
+from asympo_megatron.sync.bucket import split_bucket
+from asympo_megatron.sync.spool import Spool, spool_version
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -21,46 +28,83 @@ def tensors() -> dict[str, torch.Tensor]:
     }
 
 
-def test_buckets_hold_every_tensor_bit_for_bit() -> None:
+def contents(spool: Spool) -> dict[str, torch.Tensor]:
+    parts = [split_bucket(info, spool.bucket(number)) for number, info in enumerate(spool.buckets)]
+    return {name: tensor for part in parts for name, tensor in part.items()}
+
+
+def test_buckets_hold_every_tensor_bit_for_bit(tmp_path: Path) -> None:
     given = tensors()
-    buckets = list(fill_buckets(given.items(), 200))
-    got = {name: part for bucket in buckets for name, part in split_bucket(bucket.info, bucket.data).items()}
-    assert list(got) == list(given)
-    for name, tensor in given.items():
-        assert got[name].dtype == tensor.dtype
-        assert torch.equal(got[name], tensor), name
+    for largest in (1, 200, 1 << 20):
+        got = contents(spool_version(given.items(), largest, tmp_path))
+        assert list(got) == list(given)
+        for name, tensor in given.items():
+            assert got[name].dtype == tensor.dtype
+            assert torch.equal(got[name], tensor), name
 
 
-def test_a_bucket_has_one_dtype_and_keeps_its_size() -> None:
+def test_buckets_larger_than_a_page_do_not_overlap() -> None:
+    given = {f"t{number}": torch.full((mmap.PAGESIZE + number,), number, dtype=torch.uint8) for number in range(5)}
+    got = contents(spool_version(given.items(), 2 * mmap.PAGESIZE))
+    assert all(torch.equal(got[name], tensor) for name, tensor in given.items())
+
+
+def test_a_bucket_has_one_dtype_and_keeps_its_size(tmp_path: Path) -> None:
     """SGLang refuses a tensor that begins at no multiple of its item size; one dtype a bucket cannot make one."""
-    buckets = list(fill_buckets(tensors().items(), 200))
-    assert all(len(set(bucket.info.dtypes)) == 1 for bucket in buckets)
-    over = [bucket for bucket in buckets if bucket.data.nbytes > 200]
-    assert [bucket.info.names for bucket in over] == [["large"]]
-    assert [bucket.info.names for bucket in fill_buckets(tensors().items(), 1 << 20)] == [
+    small = spool_version(tensors().items(), 200, tmp_path)
+    assert all(len(set(info.dtypes)) == 1 for info in small.buckets)
+    over = [info.names for number, info in enumerate(small.buckets) if small.bucket(number).nbytes > 200]
+    assert over == [["large"]]
+    assert [info.names for info in spool_version(tensors().items(), 1 << 20, tmp_path).buckets] == [
         ["a", "scalar"], ["half"], ["slice", "large", "empty"], ["z"],
     ]  # fmt: skip
 
 
-def test_one_bucket_is_in_hand_at_a_time() -> None:
-    """The next tensor is gathered only when the bucket before it has been handed over."""
-    asked: list[int] = []
+def test_one_tensor_is_in_hand_at_a_time() -> None:
+    """A tensor is written, and given up, before the next is gathered."""
+    gathered: list[weakref.ref[torch.Tensor]] = []
+    held: list[int] = []
 
     def gather():  # type: ignore[no-untyped-def]
         for number in range(4):
-            asked.append(number)
-            yield f"t{number}", torch.zeros(10)
+            held.append(sum(tensor() is not None for tensor in gathered))
+            tensor = torch.zeros(10)
+            gathered.append(weakref.ref(tensor))
+            yield f"t{number}", tensor
+            del tensor
 
-    first: Bucket = next(fill_buckets(gather(), 80))
-    assert first.info.names == ["t0", "t1"]
-    assert asked == [0, 1, 2]
+    assert len(spool_version(gather(), 80).buckets) == 2
+    assert held == [0, 0, 0, 0]
 
 
-def test_what_cannot_be_sent_is_refused() -> None:
+def test_a_spool_ends_with_its_last_reference_and_leaves_no_file(tmp_path: Path) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    spool = spool_version(tensors().items(), 200, tmp_path)
+    assert len(os.listdir("/proc/self/fd")) > before
+    assert list(tmp_path.iterdir()) == [], "even after SIGKILL"
+    sent = spool.bucket(0)
+    del spool
+    gc.collect()
+    assert torch.equal(sent[:60].view(torch.float32), tensors()["a"].view(-1)), "a bucket that is being sent stays"
+    del sent
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_what_cannot_be_sent_is_refused(tmp_path: Path) -> None:
+    before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(PublishError, match="tensor a was given twice"):
-        list(fill_buckets([("a", torch.zeros(1)), ("a", torch.ones(1))], 100))
+        spool_version([("a", torch.zeros(1)), ("a", torch.ones(1))], 100)
     with pytest.raises(PublishError, match="no tensor was given"):
-        list(fill_buckets([], 100))
+        spool_version([], 100)
+    with pytest.raises(PublishError, match=r"could not be written to .*gone before it is sent.* Set sync\.spool_dir"):
+        spool_version(tensors().items(), 100, tmp_path / "gone")
+    with open("/dev/full", "wb") as full, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tempfile.TemporaryFile", lambda **_: full)
+        with pytest.raises(PublishError, match=r"No space left on device.* Set sync\.spool_dir"):
+            spool_version(tensors().items(), 100, tmp_path)
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_a_sender_on_the_network_needs_a_token() -> None:

@@ -108,7 +108,7 @@ def test_tensors_are_held_one_at_a_time(tmp_path: Path, model_files: Path, monke
             most = max(most, sum(reference() is not None for reference in alive))
 
     write_version(tmp_path / "w", 1, 1, stream(), "x", model_files, shard_bytes=4000)
-    assert most == 1
+    assert most == 0, "a tensor is given up before the next is gathered"
 
 
 @pytest.mark.parametrize("held_bytes", [0, 1 << 20])
