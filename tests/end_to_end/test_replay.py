@@ -3,12 +3,12 @@
 import os
 import signal
 import sys
-import time
 
 import pytest
 from command_bench import STEPS
 
 from asympo_megatron.launch.ports import free_port
+from asympo_megatron.testing.polling import wait_until
 
 FIGURES = ("train/J", "train/loss", "train/nll_pos", "train/nll_neg", "train/grad_norm")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
@@ -94,11 +94,10 @@ def test_a_killed_trainer_resumes_bit_for_bit(bench):
 
 def wait_until_between_checkpoints(bench, name, interval, process, timeout_s=400.0):
     """Wait until the last logged step lies well past a checkpoint and well before the next: a kill loses work."""
-    deadline = time.monotonic() + timeout_s
-    while True:
-        steps = [row["step"] for row in bench.rows(name)]
-        if steps and steps[-1] > interval and 2 <= steps[-1] % interval <= interval - 4:
-            return
+
+    def between():
         assert process.poll() is None, process.communicate()[0][-4000:]
-        assert time.monotonic() < deadline, f"never between two checkpoints: {steps}"
-        time.sleep(0.002)
+        steps = [row["step"] for row in bench.rows(name)]
+        return bool(steps) and steps[-1] > interval and 2 <= steps[-1] % interval <= interval - 4
+
+    wait_until(between, f"{name} between two checkpoints", timeout_s, 0.002)

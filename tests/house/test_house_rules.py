@@ -1,5 +1,6 @@
 """What the repository promises about itself: sizes, links, names that scripts rely on."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -80,6 +81,27 @@ def test_no_path_of_a_machine_and_no_secret_place():
         if path != SELF and pattern.search(path.read_text()):
             found.append(str(path.relative_to(ROOT)))
     assert found == []
+
+
+def test_no_test_sleeps():
+    """Tests wait for what they need (polling.wait_until for facts of other processes), however busy the machine is.
+
+    Free are a step of the loop (``sleep(0)``) and a virtual clock.
+    """
+    found, virtual = [], []
+    for path in tracked("tests/*.py"):
+        text = path.read_text()
+        calls = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call) and is_sleep(node)]
+        if calls and "run_virtual" in text:
+            virtual.append(path.name)
+            calls = [node for node in calls if ast.unparse(node.func) != "asyncio.sleep"]
+        found += [f"{path.relative_to(ROOT)}:{node.lineno}" for node in calls]
+    assert virtual, "the search finds nothing at all"
+    assert found == []
+
+
+def is_sleep(call):
+    return ast.unparse(call.func).split(".")[-1] == "sleep" and ast.unparse(call.args[0]) != "0"
 
 
 def test_the_configuration_page_is_current():

@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 
 import psutil
 import pytest
@@ -15,16 +14,10 @@ from asympo_megatron.errors import ConfigError
 from asympo_megatron.launch.children import ChildDiedError, Children
 from asympo_megatron.launch.lock import RunLock
 from asympo_megatron.launch.ports import check_port, free_port
+from asympo_megatron.testing.polling import wait_until
 
 SLEEP = "import time; time.sleep(600)"
-
-
-def wait_until(condition, timeout_s=20.0):
-    """Poll an outside fact (a process table) up to a deadline."""
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "condition did not come true in time"
-        time.sleep(0.02)
+TIMEOUT_S = 120.0
 
 
 def gone(pid: int) -> bool:
@@ -78,11 +71,11 @@ def test_stop_takes_grandchildren_and_the_deaf(children):
         """
     )
     child = children.start("controller", [sys.executable, "-c", deaf])
-    wait_until(lambda: child.log.read_text().strip().isdigit())
+    wait_until(lambda: child.log.read_text().strip().isdigit(), "the grandchild's id", TIMEOUT_S)
     grandchild = int(child.log.read_text())
     children.stop()
     assert child.process.returncode == -signal.SIGKILL
-    wait_until(lambda: gone(grandchild))
+    wait_until(lambda: gone(grandchild), "the grandchild's end", TIMEOUT_S)
 
 
 def test_children_die_with_a_killed_parent(tmp_path):
@@ -100,7 +93,7 @@ def test_children_die_with_a_killed_parent(tmp_path):
         pid = int(parent.stdout.readline())
         assert not gone(pid)
         parent.kill()
-    wait_until(lambda: gone(pid))
+    wait_until(lambda: gone(pid), "the end of the child", TIMEOUT_S)
 
 
 def test_a_run_directory_has_one_owner(tmp_path):

@@ -4,17 +4,18 @@ import os
 import signal
 import socket
 import subprocess
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from engine_client import CONTEXT_LENGTH
 
 from asympo_megatron.launch.sglang import ServerOptions, cpu_arguments, server_command
+from asympo_megatron.testing.polling import wait_until
 
 ROOT = Path(__file__).parents[2]
 PYTHON = ROOT / ".venv-sglang" / "bin" / "python"
@@ -48,9 +49,8 @@ def sglang_servers(model: Path, count: int, logs: Path) -> Iterator[list[Server]
     """Boot servers side by side; they are gone when the block ends."""
     servers = [_start(model, logs / f"sglang{number}.log") for number in range(count)]
     try:
-        deadline = time.monotonic() + BOOT_TIMEOUT_S
         for server in servers:
-            _await_ready(server, deadline)
+            wait_until(partial(_is_ready, server), f"{server.url} ready (see {server.log})", BOOT_TIMEOUT_S, 0.5)
         yield servers
     finally:
         for server in servers:
@@ -71,15 +71,12 @@ def _start(model: Path, log: Path) -> Server:
     return Server(f"http://127.0.0.1:{port}", process, log)
 
 
-def _await_ready(server: Server, deadline: float) -> None:
-    while time.monotonic() < deadline:
-        if server.process.poll() is not None:
-            break
-        try:
-            with urllib.request.urlopen(server.url + "/ready", timeout=10) as answer:
-                if answer.status == 200:
-                    return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.5)  # nobody to be told by: the port is not open yet
-    tail = server.log.read_text(errors="replace")[-3000:]
-    raise AssertionError(f"{server.url} did not get ready (exit code {server.process.poll()}):\n{tail}")
+def _is_ready(server: Server) -> bool:
+    if server.process.poll() is not None:
+        tail = server.log.read_text(errors="replace")[-3000:]
+        raise AssertionError(f"{server.url} did not get ready (exit code {server.process.returncode}):\n{tail}")
+    try:
+        with urllib.request.urlopen(server.url + "/ready", timeout=10) as answer:
+            return answer.status == 200
+    except (urllib.error.URLError, OSError):
+        return False
