@@ -24,14 +24,27 @@ class MetricsWriter:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("ab")
+        self._file = self.path.open("ab", buffering=0)  # a row that does not fit is not tried again at the end
         if _ends_torn(self.path):
             self._file.write(b"\n")
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Append one row. NaN and infinite values become null: they are not JSON."""
-        self._file.write(encode_row(row) + b"\n")
-        self._file.flush()
+        """Append one row. NaN and infinite values become null: they are not JSON.
+
+        Raises:
+            RecordError: the row cannot be encoded, or the disk is full.
+        """
+        line = encode_row(row) + b"\n"
+        try:
+            if self._file.write(line) == len(line):
+                return
+            reason = "no space left"
+        except OSError as error:
+            reason = str(error)
+        raise RecordError(
+            f"the metrics of step {row['step']} cannot be written to {self.path}: {reason}. Free space and start the "
+            "same command again: it goes on from the last checkpoint."
+        )
 
     def close(self) -> None:
         self._file.close()

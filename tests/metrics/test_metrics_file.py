@@ -2,6 +2,7 @@
 
 import json
 import math
+import resource
 
 import numpy as np
 import pytest
@@ -20,6 +21,23 @@ def test_a_row_is_on_disk_before_write_returns(path):
     writer = MetricsWriter(path)
     writer.write({"step": 1, "reward/mean": 0.5})
     assert path.read_text() == '{"step":1,"reward/mean":0.5}\n'
+
+
+def test_a_full_disk_is_named_and_leaves_no_row(path):
+    writer = MetricsWriter(path)
+    writer.write({"step": 1})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 5, before[1]))
+    try:
+        for step in (2, 3):  # five bytes fit, then none
+            with pytest.raises(RecordError, match=rf"metrics of step {step} cannot be written .*Free space"):
+                writer.write({"step": step})
+        writer.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [row["step"] for row in read_rows(path)] == [1]
+    MetricsWriter(path).write({"step": 2})
+    assert [row["step"] for row in read_rows(path)] == [1, 2]
 
 
 def test_non_finite_values_become_null(path):
