@@ -122,7 +122,7 @@ async def our_client(urls: list[str], size: Size) -> AsyncIterator[Sample]:
         step = fleet.step
         return step is not None and rule.may_sample(step, group)
 
-    requester = Requester(fleet, bell, may_sample, {0}, VOCABULARY, lambda: ("load", 1), logprobs=False)
+    requester = Requester(fleet, bell, may_sample, {0}, VOCABULARY, lambda: ("load.", 1), logprobs=False)
     numbers = itertools.count()
     prompt_ids = CountingTask(PROMPT_TOKENS).train_prompt(0).ids
 

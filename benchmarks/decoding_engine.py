@@ -8,11 +8,11 @@ go on after it, and the tokens that follow carry the new version.
 import asyncio
 import heapq
 import math
-from collections.abc import Callable, Container
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from asympo_megatron.records import VersionSpan
-from asympo_megatron.rollout.answer import Answer, GenerateRequest
+from asympo_megatron.rollout.answer import Answer, AnswerReader, GenerateRequest
 
 _TOKEN = 2
 
@@ -73,7 +73,7 @@ class DecodingEngine:
         self._label, self._paused = "default", False
         self._timer: asyncio.TimerHandle | None = None
 
-    async def generate(self, request: GenerateRequest, vocab_size: int, known: Container[int]) -> Answer:
+    async def generate(self, request: GenerateRequest, reader: AnswerReader) -> Answer:
         if len(self._heap) >= self.model.slots:
             raise AssertionError(f"{self.url} has {self.model.slots} slots and was sent one more request")
         self._advance()

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Container
-from dataclasses import dataclass
+from typing import Annotated, Any
 
 import msgspec
 
@@ -33,8 +33,7 @@ class GenerateRequest(msgspec.Struct, frozen=True):
     return_logprob: bool = False
 
 
-@dataclass(frozen=True)
-class Answer:
+class Answer(msgspec.Struct, frozen=True, gc=False):
     """A checked answer. ``finish_reason`` abort: the response goes on from ``ids``, on this engine or another."""
 
     ids: list[int]
@@ -45,36 +44,35 @@ class Answer:
     """The client's own timer ended the request."""
 
 
-class _Finish(msgspec.Struct):
+class _Finish(msgspec.Struct, gc=False):
     type: str
 
 
-class _Span(msgspec.Struct):
+class _Span(msgspec.Struct, gc=False):
     version: str
     start: int
     end: int
 
 
-class _Meta(msgspec.Struct):
+class _Meta(msgspec.Struct, gc=False):
     id: str
     finish_reason: _Finish
     weight_versions: list[_Span] | None = None
     output_token_logprobs: list[tuple[float, int, str | None]] | None = None
 
 
-class _Body(msgspec.Struct):
+class _Body(msgspec.Struct, gc=False):
     output_ids: list[int]
     meta_info: _Meta
 
 
-_DECODER = msgspec.json.Decoder(_Body)
 _FINISH_REASONS = ("stop", "length", "abort")
 
 
-def request_id(run_id: str, incarnation: int, group: str, row: int, attempt: int) -> str:
+def request_id(run: str, incarnation: int, group: str, row: int, attempt: int) -> str:
     """``run.incarnation.group.response.attempt.``: engines abort by prefix, so every part is of fixed width and ended
-    by a dot, and no part holds one."""
-    return f"{run_prefix(run_id)}{incarnation:06d}.{group}.{row:04d}.{attempt:04d}."
+    by a dot, and no part holds one. ``run`` is the run's prefix."""
+    return f"{run}{incarnation:06d}.{group}.{row:04d}.{attempt:04d}."
 
 
 def run_prefix(run_id: str) -> str:
@@ -98,34 +96,53 @@ def check_prompt(ids: list[int], vocab_size: int, what: str) -> None:
         )
 
 
-def parse_answer(body: bytes, request: GenerateRequest, vocab_size: int, known: Container[int]) -> Answer:
-    """Check an answer against its request.
+class AnswerReader:
+    """Reads answers and checks each against its request.
 
     Args:
-        body: JSON as it came.
-        request: what was asked.
         vocab_size: bound of token ids.
         known: published weight versions.
-
-    Raises:
-        EngineError: the message says which property does not hold.
     """
-    try:
-        decoded = _DECODER.decode(body)
-    except msgspec.DecodeError as error:
-        raise EngineError(f"answer is not of the expected form ({error}): {body[:120]!r}") from error
-    ids, meta = decoded.output_ids, decoded.meta_info
-    if meta.id != request.rid:
-        raise EngineError(f"answer carries request id {meta.id!r}, asked was {request.rid!r}")
-    if meta.finish_reason.type not in _FINISH_REASONS:
-        raise EngineError(f"finish_reason is {meta.finish_reason.type!r}, expected one of {', '.join(_FINISH_REASONS)}")
-    if len(ids) > request.sampling_params.max_new_tokens:
-        raise EngineError(f"answer has {len(ids)} tokens, asked were at most {request.sampling_params.max_new_tokens}")
-    if not ids and meta.finish_reason.type != "abort":
-        raise EngineError(f"answer has no token although it finished by {meta.finish_reason.type}")
-    if ids and (min(ids) < 0 or max(ids) >= vocab_size):
-        raise EngineError(f"answer holds a token id outside the vocabulary of {vocab_size}")
-    return Answer(ids, _spans(meta, len(ids), known), meta.finish_reason.type, _logprobs(meta, ids, request))
+
+    def __init__(self, vocab_size: int, known: Container[int]) -> None:
+        self._vocab_size, self._known = vocab_size, known
+        token = Annotated[int, msgspec.Meta(ge=0, lt=vocab_size)]  # checked while it is parsed: once more costs more
+        fields = [("output_ids", list[token]), ("meta_info", _Meta)]
+        self._decoder: msgspec.json.Decoder[Any] = msgspec.json.Decoder(msgspec.defstruct("_Body", fields, gc=False))
+
+    def read(self, body: bytes, request: GenerateRequest) -> Answer:
+        """The answer to a request.
+
+        Args:
+            body: JSON as it came.
+            request: what was asked.
+
+        Raises:
+            EngineError: the message says which property does not hold.
+        """
+        decoded = self._decode(body)
+        ids, meta = decoded.output_ids, decoded.meta_info
+        reason, most = meta.finish_reason.type, request.sampling_params.max_new_tokens
+        if meta.id != request.rid:
+            raise EngineError(f"answer carries request id {meta.id!r}, asked was {request.rid!r}")
+        if reason not in _FINISH_REASONS:
+            raise EngineError(f"finish_reason is {reason!r}, expected one of {', '.join(_FINISH_REASONS)}")
+        if len(ids) > most:
+            raise EngineError(f"answer has {len(ids)} tokens, asked were at most {most}")
+        if not ids and reason != "abort":
+            raise EngineError(f"answer has no token although it finished by {reason}")
+        return Answer(ids, _spans(meta, len(ids), self._known), reason, _logprobs(meta, ids, request))
+
+    def _decode(self, body: bytes) -> _Body:
+        try:
+            decoded: _Body = self._decoder.decode(body)
+        except msgspec.DecodeError as error:
+            try:
+                msgspec.json.decode(body, type=_Body)
+            except msgspec.DecodeError:
+                raise EngineError(f"answer is not of the expected form ({error}): {body[:120]!r}") from error
+            raise EngineError(f"answer holds a token id outside the vocabulary of {self._vocab_size}") from error
+        return decoded
 
 
 def _spans(meta: _Meta, size: int, known: Container[int]) -> list[VersionSpan]:

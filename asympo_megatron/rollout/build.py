@@ -111,13 +111,14 @@ def _assemble(
         step = fleet.step
         return step is not None and rule.may_sample(step, ledger.groups.position(group_id))
 
+    run = run_prefix(config.run.name)
     requester = Requester(
         fleet,
         bell,
         may_sample,
         ledger.versions,
         task.codec.vocab_size,
-        lambda: (config.run.name, journal.incarnation),
+        lambda: (run, journal.incarnation),
         logprobs=_needs_logprobs(config) if behavior_logprobs is None else behavior_logprobs,
     )
     syncer = Syncer(

@@ -2,8 +2,6 @@
 
 import asyncio
 import logging
-from collections.abc import Container
-from dataclasses import replace
 from typing import Any
 
 import aiohttp
@@ -12,7 +10,7 @@ from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt, wait
 from yarl import URL
 
 from asympo_megatron.errors import EngineError
-from asympo_megatron.rollout.answer import Answer, GenerateRequest, parse_answer
+from asympo_megatron.rollout.answer import Answer, AnswerReader, GenerateRequest
 from asympo_megatron.rollout.expiry import Expiry
 
 log = logging.getLogger(__name__)
@@ -63,7 +61,7 @@ class EngineClient:
             task.cancel()
         await self._session.close()
 
-    async def generate(self, request: GenerateRequest, vocab_size: int, known: Container[int]) -> Answer:
+    async def generate(self, request: GenerateRequest, reader: AnswerReader) -> Answer:
         """Sample one response. Never retried here: the caller decides where it goes on.
 
         Raises:
@@ -99,10 +97,10 @@ class EngineClient:
         if status != 200:
             raise EngineError(f"engine {self.url}: /generate answered HTTP {status}: {body[:200]!r}")
         try:
-            answer = parse_answer(body, request, vocab_size, known)
+            answer = reader.read(body, request)
         except EngineError as error:
             raise EngineError(f"engine {self.url}: {error}") from error
-        return replace(answer, expired=True) if expired else answer
+        return msgspec.structs.replace(answer, expired=True) if expired else answer
 
     async def ready(self) -> None:
         """Raises EngineError while the engine does not take requests."""

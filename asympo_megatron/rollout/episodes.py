@@ -8,7 +8,7 @@ never tokenised again: the next turn is asked for with exactly the ids that the 
 
 import asyncio
 from collections.abc import Coroutine, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import msgspec
@@ -116,7 +116,8 @@ class _Story:
 
     def next_turn(self, draft: Draft, left: int) -> Draft:
         params = msgspec.structs.replace(draft.params, max_new_tokens=left)
-        return replace(draft, prompt_ids=draft.prompt_ids + self.ids, params=params, requests=self._requests)
+        prompt_ids = draft.prompt_ids + self.ids
+        return msgspec.structs.replace(draft, prompt_ids=prompt_ids, params=params, requests=self._requests)
 
     def end(self, turn: Sampled, reason: str) -> Episode:
         turns = len(self.history) + 1

@@ -9,8 +9,6 @@ import asyncio
 import heapq
 import itertools
 import logging
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -122,20 +120,11 @@ class Fleet:
             engine.failure, engine.last_error = error, str(error)
             self.set_state(engine, EngineState.QUARANTINED)
 
-    @asynccontextmanager
-    async def slot(self, group: int, version: int | None = None) -> AsyncIterator[Engine]:
-        """A request slot for a group, or (``version``) for an evaluation: only on engines with exactly that version."""
-        engine = await self._acquire(group, version)
-        try:
-            yield engine
-        finally:
-            self._release(engine)
+    async def acquire(self, group: int, version: int | None = None) -> Engine:
+        """A request slot for a group, or (``version``) for an evaluation: only on engines with exactly that version.
 
-    def forget_group(self, group: int) -> None:
-        """A group is complete: its affinity is no longer needed."""
-        self._homes.pop(group, None)
-
-    async def _acquire(self, group: int, version: int | None) -> Engine:
+        Whoever got it calls :meth:`release`.
+        """
         queue = self._waiting if version is None else self._pinned
         if not queue:
             engine = self._grant(group, version)
@@ -147,12 +136,17 @@ class Fleet:
             return await future
         except asyncio.CancelledError:
             if future.done() and not future.cancelled():
-                self._release(future.result())
+                self.release(future.result())
             raise
 
-    def _release(self, engine: Engine) -> None:
+    def release(self, engine: Engine) -> None:
+        """The request is over: its slot goes to the next that waits."""
         engine.in_flight -= 1
         self._pump()
+
+    def forget_group(self, group: int) -> None:
+        """A group is complete: its affinity is no longer needed."""
+        self._homes.pop(group, None)
 
     def _pump(self) -> None:
         for queue in (self._pinned, self._waiting):

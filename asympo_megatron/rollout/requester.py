@@ -2,13 +2,12 @@
 
 import logging
 from collections.abc import Callable, Container
-from dataclasses import dataclass
 
 import msgspec
 
 from asympo_megatron.errors import ControllerError, EngineError
 from asympo_megatron.records import VersionSpan
-from asympo_megatron.rollout.answer import Answer, GenerateRequest, SamplingParams, request_id
+from asympo_megatron.rollout.answer import Answer, AnswerReader, GenerateRequest, SamplingParams, request_id
 from asympo_megatron.rollout.bell import Bell
 from asympo_megatron.rollout.client import EngineClient, EngineLost, RequestRefused
 from asympo_megatron.rollout.fleet import Engine, Fleet
@@ -18,8 +17,7 @@ _MAX_STRIKES = 8
 """Lost connections, or aborts without a token, in a row on an engine that looks healthy."""
 
 
-@dataclass(frozen=True)
-class Sampled:
+class Sampled(msgspec.Struct, frozen=True, gc=False):
     """A complete turn; its tokens may come from several engines and weight versions."""
 
     ids: list[int]
@@ -30,8 +28,7 @@ class Sampled:
     """How many it took."""
 
 
-@dataclass(frozen=True)
-class Draft:
+class Draft(msgspec.Struct, frozen=True, gc=False):
     """What is asked for: where the response belongs, its prompt, and how it is sampled.
 
     ``version`` pins an evaluation to engines with exactly that weight version; None is a training response, which
@@ -57,7 +54,7 @@ class Requester:
         may_sample: the lag rule for a group.
         versions: published weight versions.
         vocab_size: bound of token ids.
-        identity: run id, and the trainer's incarnation at the time of asking.
+        identity: prefix of the run's request ids, and the trainer's incarnation at the time of asking.
         logprobs: ask for behavior log-probs.
     """
 
@@ -73,7 +70,7 @@ class Requester:
         logprobs: bool,
     ) -> None:
         self._fleet, self._bell, self._may_sample = fleet, bell, may_sample
-        self._versions, self._vocab_size, self._identity = versions, vocab_size, identity
+        self._reader, self._identity = AnswerReader(vocab_size, versions), identity
         self._logprobs = logprobs
         self.tokens_sampled = 0
         """Of training responses; an evaluation's do not count."""
@@ -89,10 +86,13 @@ class Requester:
         while True:
             if draft.version is None and not self._may_sample(draft.group):
                 await self._bell.until(lambda: self._may_sample(draft.group))
-            async with self._fleet.slot(draft.group, draft.version) as engine:
+            engine = await self._fleet.acquire(draft.group, draft.version)
+            try:
                 if not self._still_fits(engine, draft):  # it changed between the grant and now
                     continue
                 answer = await self._ask(engine, draft, parts, attempt)
+            finally:
+                self._fleet.release(engine)
             attempt += 1
             if answer is None:
                 continue
@@ -116,7 +116,7 @@ class Requester:
         assert weights is not None  # _still_fits() saw to it
         request = self._request(draft, parts, attempt, str(weights.version))
         try:
-            answer = await client.generate(request, self._vocab_size, self._versions)
+            answer = await client.generate(request, self._reader)
         except RequestRefused as error:
             raise ControllerError(
                 f"{error}. Prompt of {len(request.input_ids)} and up to {request.sampling_params.max_new_tokens} new "

@@ -11,7 +11,7 @@ from decoding_engine import DecodingEngine, EngineModel
 from scripted_run import Step
 
 from asympo_megatron.records import VersionSpan
-from asympo_megatron.rollout.answer import GenerateRequest, SamplingParams
+from asympo_megatron.rollout.answer import AnswerReader, GenerateRequest, SamplingParams
 from asympo_megatron.testing.virtual_time import run_virtual
 
 SMALL = async_speedup.World(
@@ -60,7 +60,7 @@ def test_a_program_that_would_hang_is_an_error():
 
 def ask(engine, size):
     params = SamplingParams(size, 1.0, 1.0, -1, [])
-    return engine.generate(GenerateRequest(f"run.000001.{size}.0000.0000.", [3], params, "0"), 64, ())
+    return engine.generate(GenerateRequest(f"run.000001.{size}.0000.0000.", [3], params, "0"), AnswerReader(64, ()))
 
 
 def test_iterations_of_an_engine_by_hand():

@@ -9,10 +9,10 @@ import pytest
 from asympo_megatron.errors import EngineError, TaskError
 from asympo_megatron.records import VersionSpan
 from asympo_megatron.rollout.answer import (
+    AnswerReader,
     GenerateRequest,
     SamplingParams,
     check_prompt,
-    parse_answer,
     request_id,
     run_prefix,
 )
@@ -44,7 +44,7 @@ def test_recorded_answers_are_understood() -> None:
             span["version"] = "3"
         logprobs = "output_token_logprobs" in meta
         request = asked(meta["id"], len(answer["output_ids"]), logprobs=logprobs)
-        parsed = parse_answer(json.dumps(answer).encode(), request, 512, {3})
+        parsed = AnswerReader(512, {3}).read(json.dumps(answer).encode(), request)
         assert parsed.ids == answer["output_ids"]
         assert parsed.versions == [VersionSpan(3, 0, len(parsed.ids))]
         assert parsed.finish_reason == meta["finish_reason"]["type"]
@@ -56,7 +56,7 @@ def test_recorded_default_label_is_refused() -> None:
     answer = next(a for a in recorded_answers() if a["meta_info"]["weight_version"] == "default")
     request = asked(answer["meta_info"]["id"], 99)
     with pytest.raises(EngineError, match="weight version 'default' was never published by this run"):
-        parse_answer(json.dumps(answer).encode(), request, 512, {0, 1, 2})
+        AnswerReader(512, {0, 1, 2}).read(json.dumps(answer).encode(), request)
 
 
 def test_sent_fields_are_those_of_the_recorded_server() -> None:
@@ -76,14 +76,14 @@ def test_logprobs_must_match_the_tokens() -> None:
     request = asked(answer["meta_info"]["id"], 99, logprobs=True)
     answer["meta_info"]["output_token_logprobs"][0][1] += 1
     with pytest.raises(EngineError, match="output_token_logprobs does not match output_ids"):
-        parse_answer(json.dumps(answer).encode(), request, 512, {0})
+        AnswerReader(512, {0}).read(json.dumps(answer).encode(), request)
 
 
 def test_request_ids_are_safe_prefixes() -> None:
     """Engines abort by prefix: no id, and no run, may be a prefix of another."""
-    ids = [request_id("run", 1, f"{group:09d}", row, 0) for group in range(120) for row in range(12)]
-    ids += [request_id("run", 11, "e00000001", 0, k) for k in range(12)]
-    ids += [request_id("run.2", 1, "000000001", 0, 0), request_id("run2", 1, "000000001", 0, 0)]
+    ids = [request_id("run.", 1, f"{group:09d}", row, 0) for group in range(120) for row in range(12)]
+    ids += [request_id("run.", 11, "e00000001", 0, k) for k in range(12)]
+    ids += [request_id(run_prefix("run.2"), 1, "000000001", 0, 0), request_id(run_prefix("run2"), 1, "000000001", 0, 0)]
     assert not [(a, b) for a in ids for b in ids if a != b and b.startswith(a)]
     assert all(one.startswith("run.") for one in ids[:-2])
     assert not any(one.startswith(run_prefix("run")) for one in ids[-2:])
