@@ -3,12 +3,14 @@
 Checked against ``models/conversion/auto_bridge.py`` of Megatron-Bridge 0.3.1 and 00b2fbf (0.7 in development).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from asympo_megatron.conversion.names import LAYERS
 from asympo_megatron.errors import CheckpointError, ConfigError
+from asympo_megatron.mcore import cpu
 
 SOURCE_WEIGHTS = "*.safetensors"
 
@@ -27,7 +29,8 @@ def import_checkpoint(hf_config: Mapping[str, Any], source: Path, target: Path) 
     """
     auto_bridge = _auto_bridge(hf_config)
     try:
-        auto_bridge.import_ckpt(str(source), str(target))
+        with _group_of_one():
+            auto_bridge.import_ckpt(str(source), str(target))
     except Exception as error:  # of another project: any kind
         raise _failed(source, error) from error
 
@@ -48,6 +51,7 @@ def export_checkpoint(hf_config: Mapping[str, Any], checkpoint: Path, model_file
             f"{model_files} has no safetensors, whose names and files Megatron-Bridge takes over. Give the directory "
             "of the Hugging Face model that the checkpoint began with: --hf DIR."
         )
+    cpu.install()
     try:
         auto_bridge.from_hf_pretrained(str(model_files)).export_ckpt(str(checkpoint), str(target), show_progress=False)
     except Exception as error:  # of another project: any kind
@@ -64,6 +68,16 @@ def _auto_bridge(hf_config: Mapping[str, Any]) -> Any:
             "install asympo-megatron[bridge] (Python >= 3.12), with Transformer Engine."
         ) from error
     return AutoBridge
+
+
+@contextmanager
+def _group_of_one() -> Iterator[None]:
+    """What ``export_ckpt`` does itself: ``import_ckpt`` would join NCCL at a fixed port, and never leave it."""
+    from megatron.bridge.training.model_load_save import temporary_distributed_context
+
+    cpu.install()
+    with temporary_distributed_context(backend="gloo"):
+        yield
 
 
 def _failed(directory: Path, error: Exception) -> CheckpointError:

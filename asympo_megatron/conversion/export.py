@@ -9,17 +9,9 @@ from torch import Tensor
 
 from asympo_megatron.conversion.names import entries
 from asympo_megatron.conversion.tensors import split_for_hf
-from asympo_megatron.errors import ConfigError, UnknownNameError
+from asympo_megatron.errors import ConfigError
 from asympo_megatron.mcore import Learner
 from asympo_megatron.mcore.shards import Shard
-
-ARCHITECTURES = {
-    "qwen3": "Qwen3ForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen3_moe": "Qwen3MoeForCausalLM",
-}
 
 
 def export_hf(learner: Learner) -> Iterator[tuple[str, Tensor]]:
@@ -43,25 +35,6 @@ def export_hf(learner: Learner) -> Iterator[tuple[str, Tensor]]:
         shape, dtype = descriptions[entry.megatron]
         whole = _collect(local.get(entry.megatron), owners[entry.megatron], shape, dtype, learner)
         yield from split_for_hf(entry, whole, facts)
-
-
-def hf_config_for_export(hf_config: Mapping[str, Any], vocab_size: int, dtype: str = "float32") -> dict[str, Any]:
-    """The config.json that goes with exported weights.
-
-    Args:
-        hf_config: what the model was built from; everything else in it is kept.
-        vocab_size: rows of the embedding.
-        dtype: of the exported tensors, as in config.json (float32 | bfloat16).
-    """
-    model_type = str(hf_config.get("model_type", ""))
-    if model_type not in ARCHITECTURES:
-        raise UnknownNameError("model_type of the Hugging Face config", model_type, ARCHITECTURES)
-    return {
-        **hf_config,
-        "architectures": [ARCHITECTURES[model_type]],
-        "vocab_size": vocab_size,
-        "torch_dtype": dtype,
-    }
 
 
 def _check_coverage(mapped: set[str], held: set[str], model_type: str) -> None:

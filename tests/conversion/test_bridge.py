@@ -2,6 +2,8 @@
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,6 +31,7 @@ class AutoBridge:
 
     @classmethod
     def import_ckpt(cls, hf_model_id: str | Path, megatron_path: str | Path, **_: Any) -> None:
+        assert in_group == ["gloo"]
         (Path(megatron_path) / "iter_0000000").mkdir()
         if cls.broken:
             raise RuntimeError("no bridge for Gpt5ForCausalLM")
@@ -47,11 +50,29 @@ class AutoBridge:
         (Path(hf_path) / "model.safetensors").write_text(f"{megatron_path} {self.path}")
 
 
+in_group: list[str] = []
+
+
+@contextmanager
+def temporary_distributed_context(backend: str = "gloo") -> Iterator[None]:
+    in_group.append(backend)
+    try:
+        yield
+    finally:
+        in_group.clear()
+
+
 @pytest.fixture
 def bridge(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = ModuleType("megatron.bridge")
-    module.AutoBridge = AutoBridge  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "megatron.bridge", module)
+    for name, content in (
+        ("", AutoBridge),
+        (".training", None),
+        (".training.model_load_save", temporary_distributed_context),
+    ):
+        module = ModuleType("megatron.bridge" + name)
+        if content is not None:
+            setattr(module, content.__name__, content)
+        monkeypatch.setitem(sys.modules, module.__name__, module)
 
 
 @pytest.fixture

@@ -10,10 +10,10 @@ import torch
 from conversion_programs import build
 from safetensors.torch import load_file, save_file
 
-from asympo_megatron.conversion import export_hf, hf_config_for_export, load_hf
+from asympo_megatron.conversion import export_hf, load_hf
 from asympo_megatron.conversion.hf_files import INDEX, SINGLE
 from asympo_megatron.conversion.names import LAYERS
-from asympo_megatron.errors import CheckpointError, ConfigError, UnknownNameError
+from asympo_megatron.errors import CheckpointError, ConfigError
 from asympo_megatron.mcore import Learner, Row
 from asympo_megatron.mcore.collate import collate
 from asympo_megatron.mcore.model import unwrap
@@ -121,19 +121,6 @@ def test_damaged_and_missing_files(make_hf: MakeHF, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="cannot be read"):
         load_hf(learner, directory)
     assert learner.checksum() == before
-
-
-def test_exported_config() -> None:
-    exported = hf_config_for_export({"model_type": "qwen3", "rope_theta": 1e4, "vocab_size": 3}, 66, "bfloat16")
-    assert exported == {
-        "model_type": "qwen3",
-        "rope_theta": 1e4,
-        "vocab_size": 66,
-        "architectures": ["Qwen3ForCausalLM"],
-        "torch_dtype": "bfloat16",
-    }
-    with pytest.raises(UnknownNameError, match="did you mean 'qwen"):
-        hf_config_for_export({"model_type": "qwen7"}, 1)
 
 
 @pytest.mark.parametrize("extra", [True, False])

@@ -1,95 +1,42 @@
-"""The name maps of conversion against Megatron-Bridge's own, parameter by parameter, both ways, bit by bit.
-
-Bridge imports Transformer Engine and Triton beside its maps; where they are not installed, placeholders stand in for
-them: no weight goes through one.
-"""
+"""The name maps of conversion against Megatron-Bridge's own, parameter by parameter, both ways, bit by bit."""
 
 import inspect
 import json
 import re
 import sys
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec, PathFinder
-from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from bridge_package import import_auto_bridge
+from safetensors.torch import load_file
 
-from asympo_megatron.mcore import initialize, shutdown  # Megatron-Core comes before any placeholder
+from asympo_megatron.mcore import initialize, shutdown
+
+sys.path.append(str(Path(__file__).parents[1] / "conversion"))
+from small_models import MOE, save_small_model
 
 pytestmark = pytest.mark.slow
 
-ABSENT = ("transformer_engine", "triton")
-
-SMALL = {
-    "vocab_size": 71,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 48,
-    "max_position_embeddings": 128,
-}
-EXPERTS = {"moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True}
 FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {"tie_word_embeddings": False},
-    "llama-tied": {"tie_word_embeddings": True},
-    "qwen2": {"tie_word_embeddings": True},
-    "qwen3": {"head_dim": 16, "tie_word_embeddings": False},
-    "qwen3_moe": {"head_dim": 8, "tie_word_embeddings": False, **EXPERTS},
-    "mistral": {"tie_word_embeddings": False, "sliding_window": None, "head_dim": 8},
+    "llama": {"model_type": "llama", "tie_word_embeddings": False},
+    "llama-tied": {"model_type": "llama", "tie_word_embeddings": True},
+    "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
+    "qwen3": {"model_type": "qwen3", "head_dim": 16, "tie_word_embeddings": False},
+    "qwen3_moe": {**MOE, "norm_topk_prob": True, "tie_word_embeddings": False},
+    "mistral": {"model_type": "mistral", "tie_word_embeddings": False, "sliding_window": None, "head_dim": 8},
 }
-
-
-class _Named(type):
-    def __call__(cls, *args: Any, **_: Any) -> Any:
-        """As a decorator: gives back the function, or waits for it."""
-        return args[0] if args and callable(args[0]) else cls
-
-    def __getattr__(cls, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return type.__call__(_Named, name, (), {})
-
-
-class _Placeholder(ModuleType):
-    __version__ = "999"
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return type.__call__(_Named, name, (), {})
-
-
-class _Finder(MetaPathFinder, Loader):
-    def __init__(self, names: tuple[str, ...]) -> None:
-        self._names = tuple(f"{name}." for name in names)
-
-    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        return ModuleSpec(fullname, self, is_package=True) if f"{fullname}.".startswith(self._names) else None
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType:
-        return _Placeholder(spec.name)
-
-    def exec_module(self, module: ModuleType) -> None:
-        pass
 
 
 @pytest.fixture(scope="module")
 def auto_bridge() -> Any:
-    if find_spec("megatron.bridge") is None:
-        pytest.skip("Megatron-Bridge is not there: make test-integration-bridge_maps")
-    absent = tuple(name for name in ABSENT if PathFinder.find_spec(name) is None)
-    sys.meta_path.append(_Finder(absent))
-    from megatron.bridge import AutoBridge
+    bridge = import_auto_bridge()
     from megatron.bridge.models.conversion.param_mapping import AutoMapping
 
     AutoMapping.register_module_type("OutputLayer", "column")
     AutoMapping.register_module_type("BalancedRouter", "replicated")
-    return AutoBridge
+    return bridge
 
 
 @pytest.fixture(autouse=True)
@@ -102,17 +49,7 @@ def _one_rank() -> Any:
 
 
 def _save(family: str, directory: Path) -> dict[str, torch.Tensor]:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    torch.manual_seed(5)
-    config = AutoConfig.for_model(family.removesuffix("-tied"), **SMALL, **FAMILIES[family])
-    model = AutoModelForCausalLM.from_config(config).float()
-    with torch.no_grad():
-        for param in model.parameters():
-            param.add_(torch.randn_like(param) * 0.3)  # norms at one and biases at zero would hide a mix-up
-    model.save_pretrained(directory)
-    from safetensors.torch import load_file
-
+    save_small_model(directory, FAMILIES[family])
     return load_file(directory / "model.safetensors")
 
 
@@ -181,6 +118,9 @@ def test_a_wrong_join_is_noticed(auto_bridge: Any, tmp_path: Path) -> None:
 
 def test_the_calls_of_the_fallback_exist(auto_bridge: Any) -> None:
     """What ``conversion.bridge`` calls for other families."""
+    from megatron.bridge.training.model_load_save import temporary_distributed_context
+
+    inspect.signature(temporary_distributed_context).bind(backend="gloo")
     inspect.signature(auto_bridge.from_hf_pretrained).bind("model")
     inspect.signature(auto_bridge.import_ckpt).bind("model", "checkpoint")
     inspect.signature(auto_bridge.export_ckpt).bind(None, "checkpoint", "model", show_progress=False)
