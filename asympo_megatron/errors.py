@@ -80,6 +80,10 @@ class CheckpointError(AsympoError, OSError):
     """A checkpoint that is missing, partial or does not fit the model."""
 
 
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint whose files cannot be read, or hold something else than was saved."""
+
+
 class IntegrationError(AsympoError, ImportError):
     """A framework whose plug-in point is missing or is not the one an adapter was written for."""
 

@@ -13,7 +13,7 @@ from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch.distributed.checkpoint.api import CheckpointException
 
-from asympo_megatron.errors import CheckpointError
+from asympo_megatron.errors import CheckpointError, DamagedCheckpointError
 from asympo_megatron.mcore import distopt
 from asympo_megatron.mcore.marker import check_model, check_run, layout_of, read_marker
 from asympo_megatron.mcore.model import policy_models
@@ -28,7 +28,8 @@ def load(learner: "Learner", directory: Path, *, weights_only: bool) -> None:
     """Collective: read a checkpoint of any layout into the learner.
 
     Raises:
-        CheckpointError: missing, incomplete, of another model, unreadable, or with other weights than were saved.
+        DamagedCheckpointError: unreadable, or with other weights than were saved.
+        CheckpointError: missing, incomplete, or of another model or run.
     """
     # One rank reads for all: on a shared file system the others may not see the same, or nothing yet.
     marker = on_rank0(learner, lambda: read_marker(directory))
@@ -40,7 +41,7 @@ def load(learner: "Learner", directory: Path, *, weights_only: bool) -> None:
     try:
         loaded = dist_checkpointing.load(state, str(directory))
     except (Exception, CheckpointException) as error:
-        raise CheckpointError(f"{directory} could not be read: {last_line(error)}") from error
+        raise DamagedCheckpointError(f"{directory} could not be read: {last_line(error)}.") from error
     models = list(policy_models(learner.chunks))
     for key, model in zip(_model_keys(models), models, strict=True):
         _load_weights(model, loaded[key])
@@ -118,7 +119,7 @@ def _check_weights(marker: dict[str, Any], learner: "Learner", directory: Path) 
         return
     got = learner.checksum()
     if got != marker["checksum"]:
-        raise CheckpointError(
+        raise DamagedCheckpointError(
             f"checkpoint {directory} was saved with weights of checksum {marker['checksum']} and loaded with {got}: "
             "its files are damaged. Use an older one."
         )

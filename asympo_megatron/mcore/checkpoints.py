@@ -2,14 +2,16 @@
 
 import logging
 import re
+import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
 
-from asympo_megatron.errors import CheckpointError
+from asympo_megatron.errors import CheckpointError, DamagedCheckpointError
 from asympo_megatron.mcore.checkpoint_save import TEMPORARY, Saving, remove_leftovers
 from asympo_megatron.mcore.learner import Learner
 from asympo_megatron.mcore.marker import read_marker
@@ -99,6 +101,30 @@ class Checkpoints:
         step = self._from_rank0(lambda: _newest_step(self.root))
         return self.root / f"step_{step:06d}" if step >= 0 else None
 
+    def resume(self, learner: Learner) -> Path | None:
+        """Collective: go on from the newest checkpoint; returns it, or None if there is none.
+
+        Damaged ones are skipped with a warning. Once an older one is loaded they are renamed: their steps are trained
+        and saved again.
+
+        Raises:
+            DamagedCheckpointError: of the newest, if none can be read.
+            CheckpointError: the newest is of another model or run.
+        """
+        damaged: dict[int, DamagedCheckpointError] = {}
+        while (step := self._from_rank0(partial(_newest_step, self.root, min(damaged, default=None)))) >= 0:
+            path = self.root / f"step_{step:06d}"
+            try:
+                learner.load(path)
+            except DamagedCheckpointError as error:
+                damaged[step] = error
+                continue
+            self._from_rank0(partial(_set_aside, self.root, damaged, path.name))
+            return path
+        if damaged:
+            raise damaged[max(damaged)]
+        return None
+
     @staticmethod
     def find(path: str | Path) -> Path:
         """A checkpoint itself, or the newest complete one inside a checkpoints (or run) directory.
@@ -166,11 +192,13 @@ def _is_complete(directory: Path) -> bool:
     return True
 
 
-def _newest_step(root: Path) -> int:
-    """Newest complete step, or -1; warns about incomplete newer ones."""
+def _newest_step(root: Path, below: int | None = None) -> int:
+    """Newest complete step (older than ``below``), or -1; warns about incomplete newer ones."""
     partial: list[str] = []
     newest = -1
     for step, path in reversed(_steps(root)):
+        if below is not None and step >= below:
+            continue
         if _is_complete(path):
             newest = step
             break
@@ -179,3 +207,12 @@ def _newest_step(root: Path) -> int:
         instead = f"using step_{newest:06d}" if newest >= 0 else "none older is complete"
         log.warning("%s: %s is incomplete and skipped; %s", root, ", ".join(partial), instead)
     return newest
+
+
+def _set_aside(root: Path, damaged: Mapping[int, DamagedCheckpointError], instead: str) -> int:
+    for step, error in damaged.items():
+        path = root / f"step_{step:06d}"
+        kept = path.with_name(f"{path.name}.{secrets.token_hex(4)}.damaged")
+        path.rename(kept)
+        log.warning("%s It is skipped and kept as %s; using %s", error, kept.name, instead)
+    return 0

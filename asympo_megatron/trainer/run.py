@@ -88,8 +88,8 @@ def _load_weights(config: Config, learner: Learner, checkpoints: Checkpoints) ->
             "Set objective.kl_coef, or model.reference=null."
         )
     if newest is not None:
-        learner.load(newest)
-        log.info("resumed from %s at step %d", newest, learner.step_count)
+        resumed = checkpoints.resume(learner)
+        log.info("resumed from %s at step %d", resumed, learner.step_count)
 
 
 def _load(config: Config, learner: Learner, source: str) -> None:

@@ -14,7 +14,7 @@ from asympo_megatron.batch import ObjectiveOutput, ResponseBatch
 from asympo_megatron.config import Config
 from asympo_megatron.config.validate import validate
 from asympo_megatron.errors import AsympoError, CheckpointError
-from asympo_megatron.mcore import Layout, Learner, Row, checkpoint, cpu, initialize, shutdown
+from asympo_megatron.mcore import Checkpoints, Layout, Learner, Row, checkpoint, cpu, initialize, shutdown
 from asympo_megatron.mcore.loss import ForwardStep
 from asympo_megatron.objectives import build_objective
 from asympo_megatron.packing import plan_microbatches
@@ -228,3 +228,24 @@ def scatter_views(_: dict[str, Any]) -> list[list[float]]:
     torch.distributed.scatter(received, [whole[:, ::2], whole[:, 1::2]] if os.environ["RANK"] == "0" else None, src=0)
     shutdown()
     return received.tolist()
+
+
+def resumed_from_damaged(payload: dict[str, Any]) -> dict[str, Any]:
+    """Two checkpoints; the second rank's shard of the newer one is cut."""
+    join_group("damaged")
+    config, layout, learner = build({"config": {"parallel": {"tensor": 2}}})
+    checkpoints = Checkpoints(payload["root"], keep_last=9)
+    checksums = []
+    for step in range(2):
+        rows = make_rows(step)
+        learner.step(microbatches(rows, config, layout), len(rows))
+        checkpoints.save(learner)
+        checksums.append(learner.checksum())
+    if layout.rank == 0:
+        os.truncate(sorted(Path(payload["root"]).glob("step_000002/__1_*.distcp"))[0], 5000)
+    torch.distributed.barrier()
+    resumed = checkpoints.resume(learner)
+    assert resumed is not None
+    seen = {"from": resumed.name, "step": learner.step_count, "same": learner.checksum() == checksums[0]}
+    shutdown()
+    return seen
