@@ -25,9 +25,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "end_to_end"))  # the runn
 from command_bench import Bench
 
 REWARD = """def score(prompts, responses, answers, metas):
-    return [float(len(set(response)) % 5) for response in responses]
+    return [float(sum(map(ord, response)) % 1009) for response in responses]
 """
-"""An untrained model earns nothing at spelling; these rewards differ within a group, so that weights change."""
+"""An untrained model earns nothing at spelling; these rewards hardly ever agree, so that every step changes weights."""
 STEPS = 12
 LONGEST = 600
 
@@ -108,7 +108,7 @@ def test_run_trains_responses_that_span_versions(bench, server_urls, models, tra
     got = digest(server)
     assert got != before
     assert server.generate(PROMPT, max_new_tokens=30)["output_ids"] != sampled_before
-    bench.run("convert", "megatron-to-hf", f"runs/{transport}", f"{transport}-saved")
+    bench.run("convert", "megatron-to-hf", f"runs/{transport}", f"{transport}-saved", "--hf", str(models["qwen3"]))
     server.reset()
     server.update(bench.path / f"{transport}-saved", "saved")
     assert digest(server) == got
