@@ -12,7 +12,9 @@ from asympo_megatron.records import VersionSpan
 
 PROTOCOL_VERSION = 1
 COLLECTIVE = "collective://"
-"""Begins the path of a version that lies in the trainer's memory: what follows is the address of its sender."""
+"""Begins the path of a version that the trainer broadcasts: what follows is the address of its sender."""
+COLOCATED = "colocated://"
+"""The same for a version that the trainer shares with engines of its machine."""
 
 
 class AttachRequest(msgspec.Struct, frozen=True):
@@ -193,6 +195,35 @@ class LeaveGroupRequest(msgspec.Struct, frozen=True):
     """The transfer is over, or has failed."""
 
     group: str
+
+
+class OpenChannelRequest(msgspec.Struct, frozen=True):
+    """Controller to the trainer's sharer: memory for one engine's copy of ``version``."""
+
+    channel: str
+    """Name of the transfer, never used before."""
+    version: int
+
+
+class OpenChannelReply(msgspec.Struct, frozen=True):
+    """How many buckets will come."""
+
+    buckets: int
+
+
+class ShareBucketRequest(msgspec.Struct, frozen=True):
+    """Put one bucket into the channel's memory, in place of the one before it."""
+
+    channel: str
+    bucket: int
+    ranks: int
+    """Processes of the engine that will map it."""
+
+
+class ShareBucketReply(msgspec.Struct, frozen=True):
+    """For each rank of the engine, what it opens: see ``asympo_megatron.sync.handles``."""
+
+    messages: list[str]
 
 
 class ErrorReply(msgspec.Struct, frozen=True):

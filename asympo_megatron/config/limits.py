@@ -15,7 +15,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "rollout.sampling.overlong": ("train", "mask", "penalize"),
     "task.kind": ("reasoning_gym", "jsonl"),
     "task.template": ("chat", "plain"),
-    "sync.transport": ("disk", "collective"),
+    "sync.transport": ("disk", "collective", "colocated"),
     "sync.pause_mode": ("in_place", "retract", "abort"),
     "logging.level": ("DEBUG", "INFO", "WARNING", "ERROR"),
 }

@@ -261,14 +261,15 @@ class TaskConfig:
 @dataclass
 class SyncConfig:
     transport: str = "disk"
-    """disk: safetensors through a shared file system | collective: broadcast from the trainer's memory."""
+    """disk: safetensors through a shared file system | collective: broadcast by the trainer | colocated: memory of the
+    trainer, shared with engines on loopback addresses of its machine."""
     host: str = "127.0.0.1"
     """collective: address of the trainer's rank 0 as controller and engines reach it; off loopback, set a token."""
     bucket_bytes: int = 268_435_456
-    """collective: weights travel in buckets of at most this size (a larger tensor alone)."""
+    """collective, colocated: weights travel in buckets of at most this size (a larger tensor alone)."""
     spool_dir: str | None = None
-    """collective: local directory where versions wait for engines, up to three at a time; null: the system's temporary
-    one. /dev/shm keeps them in memory."""
+    """collective, colocated: local directory where versions wait for engines, up to three at a time; null: the system's
+    temporary one. /dev/shm keeps them in memory."""
     interval_steps: int = 1
     """Publish after every this many optimizer steps; at most rollout.max_lag_steps + 1."""
     pause_mode: str = "in_place"

@@ -1,6 +1,7 @@
 """Contradictions between configuration values, found before any process starts."""
 
 from typing import Any
+from urllib.parse import urlsplit
 
 from asympo_megatron.config.limits import AT_LEAST, CHOICES, POSITIVE, RULES, SUBSETS, is_loopback
 from asympo_megatron.config.schema import Config, ParallelConfig
@@ -20,6 +21,7 @@ def validate(config: Config) -> None:
     _check_source(config)
     _check_evaluation(config)
     _check_addresses(config)
+    _check_colocated(config)
     _check_parallel(config)
     _check_model(config)
 
@@ -144,6 +146,22 @@ def _check_addresses(config: Config) -> None:
         raise ConfigError(
             f"sync.host={config.sync.host} opens the trainer's weight sender to the network. "
             "Set rollout.controller_token to a secret, or send from 127.0.0.1."
+        )
+
+
+def _check_colocated(config: Config) -> None:
+    """Messages that an engine unpickles go no further than this machine."""
+    rollout = config.rollout
+    if config.sync.transport != "colocated":
+        return
+    urls = [
+        f"rollout.engine_urls has {url}" for url in rollout.engine_urls if not is_loopback(urlsplit(url).hostname or "")
+    ]
+    hosts = [] if is_loopback(rollout.engine_host) else [f"rollout.engine_host is {rollout.engine_host}"]
+    if urls or hosts:
+        raise ConfigError(
+            f"sync.transport=colocated shares memory with engines on loopback addresses, but {(urls + hosts)[0]}. "
+            "Set sync.transport to disk or collective, or start the engines here on 127.0.0.1."
         )
 
 

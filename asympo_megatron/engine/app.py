@@ -6,7 +6,7 @@ import logging
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
-from asympo_megatron.engine import collective, control, info
+from asympo_megatron.engine import collective, control, info, tensors
 from asympo_megatron.engine.generate import abort_request, generate
 from asympo_megatron.engine.model import ServedModel, load_model
 from asympo_megatron.engine.options import EngineOptions
@@ -65,7 +65,7 @@ def _add_routes(app: web.Application) -> None:
     post("/init_weights_update_group", collective.init_group)
     post("/destroy_weights_update_group", collective.destroy_group)
     post("/update_weights_from_distributed", collective.update_from_distributed)
-    post("/update_weights_from_tensor", control.unsupported_update)
+    post("/update_weights_from_tensor", tensors.update_from_tensor)
 
 
 async def _start_thread(app: web.Application) -> None:

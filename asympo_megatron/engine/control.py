@@ -141,11 +141,6 @@ def _session(engine: Engine, begin: bool) -> web.Response:
     return json_response({"success": True, "message": "Success"})
 
 
-async def unsupported_update(request: web.Request) -> web.Response:
-    """Transfers that the embedded engine does not have."""
-    return _refusal(f"{request.path} is not supported by the embedded engine: publish to disk (sync.transport=disk).")
-
-
 async def get_weights_by_name(_: web.Request) -> web.Response:
     """Refused, as the recorded server does."""
     raise BadRequest("Get parameter by name failed")

@@ -16,6 +16,7 @@ from asympo_megatron.rollout.api import build_app
 from asympo_megatron.rollout.bell import Background, Bell
 from asympo_megatron.rollout.client import EngineClient
 from asympo_megatron.rollout.collective import Collective
+from asympo_megatron.rollout.colocated import Colocated
 from asympo_megatron.rollout.controller import Controller
 from asympo_megatron.rollout.episodes import Player
 from asympo_megatron.rollout.evaluator import Evaluator, evaluation_due
@@ -227,13 +228,16 @@ def _targets(config: Config, journal: Journal, ledger: Ledger) -> Targets:
 
 def _sync_options(config: Config, backoff_s: float) -> SyncOptions:
     rollout = config.rollout
+    reached = (run_prefix(config.run.name), rollout.controller_token, rollout.engine_timeout_s)
     return SyncOptions(
         run_prefix=run_prefix(config.run.name),
         pause_mode=config.sync.pause_mode,
         timeout_s=config.sync.timeout_s,
         start_timeout_s=rollout.engine_start_timeout_s,
         silence_s=rollout.engine_timeout_s,
-        collective=Collective(run_prefix(config.run.name), rollout.controller_token, rollout.engine_timeout_s),
+        collective=Collective(*reached),
+        colocated=Colocated(*reached),
+        local_only=config.sync.transport == "colocated",
         backoff_s=backoff_s,
     )
 

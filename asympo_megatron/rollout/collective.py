@@ -21,7 +21,7 @@ from asympo_megatron.rollout.client import EngineClient
 from asympo_megatron.rollout.rows import VersionRow
 
 log = logging.getLogger(__name__)
-_GRACE_S = 1.0
+GRACE_S = 1.0
 """The sender's own deadline comes first: what it says explains more than silence."""
 Reply = TypeVar("Reply")
 
@@ -38,26 +38,27 @@ class SenderClient:
     """Calls to the trainer's sender.
 
     Args:
-        address: ``collective://HOST:PORT``.
+        address: ``collective://HOST:PORT`` or ``colocated://HOST:PORT``.
         token: its bearer token, or None.
         timeout_s: deadline of a call.
     """
 
     def __init__(self, address: str, token: str | None, timeout_s: float) -> None:
-        self._url = "http://" + address.removeprefix(protocol.COLLECTIVE)
+        self._url = "http://" + address.partition("://")[2]
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
         self._timeout_s = timeout_s
 
     async def join(self, request: protocol.JoinGroupRequest) -> protocol.JoinGroupReply:
-        return await self._call("/join", request, protocol.JoinGroupReply)
+        return await self.call("/join", request, protocol.JoinGroupReply)
 
     async def send(self, request: protocol.SendBucketRequest) -> None:
-        await self._call("/send", request, dict)
+        await self.call("/send", request, dict)
 
     async def leave(self, request: protocol.LeaveGroupRequest) -> None:
-        await self._call("/leave", request, dict)
+        await self.call("/leave", request, dict)
 
-    async def _call(self, path: str, request: object, kind: type[Reply]) -> Reply:
+    async def call(self, path: str, request: object, kind: type[Reply]) -> Reply:
+        """One command; raises SenderLost or SenderRefused."""
         timeout = aiohttp.ClientTimeout(total=self._timeout_s)
         try:
             async with (
@@ -93,7 +94,7 @@ class Collective:
             SenderLost: the trainer has gone, or has a newer version.
             EngineError: the engine refused or was silent.
         """
-        sender = SenderClient(row.path, self.token, self.timeout_s + _GRACE_S)
+        sender = SenderClient(row.path, self.token, self.timeout_s + GRACE_S)
         ranks = await client.tensor_parallel_size()
         name = f"{self.run_prefix}{row.version}.{secrets.token_hex(4)}"
         joined = await sender.join(protocol.JoinGroupRequest(name, 1 + ranks, row.version))
@@ -155,7 +156,7 @@ class Transfer:
     async def _bucket(self, number: int, body: dict[str, Any]) -> None:
         """The engine's answer decides: one that refuses must not leave the sender waiting for it, nor the other way."""
         receive = asyncio.create_task(
-            self.client.update_call("/update_weights_from_distributed", body, self.timeout_s + 2 * _GRACE_S)
+            self.client.update_call("/update_weights_from_distributed", body, self.timeout_s + 2 * GRACE_S)
         )
         send = asyncio.create_task(self.sender.send(protocol.SendBucketRequest(self.name, number)))
         try:

@@ -4,7 +4,7 @@ from enum import StrEnum
 
 import msgspec
 
-from asympo_megatron.protocol import COLLECTIVE
+from asympo_megatron.protocol import COLLECTIVE, COLOCATED
 from asympo_megatron.records import Group
 
 
@@ -67,8 +67,8 @@ class VersionRow(msgspec.Struct, frozen=True):
 
     @property
     def in_memory(self) -> bool:
-        """Whether the version lies in the trainer's memory, and ends with that trainer."""
-        return self.path.startswith(COLLECTIVE)
+        """Whether the version lies with the trainer, and ends with it."""
+        return self.path.startswith((COLLECTIVE, COLOCATED))
 
 
 def summarize(stored: StoredGroup) -> list[ResponseSummary]:

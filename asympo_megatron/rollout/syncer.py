@@ -13,9 +13,11 @@ from pathlib import Path
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, stop_after_delay, wait_exponential
 
 from asympo_megatron.errors import ControllerError, EngineError, PublishError
+from asympo_megatron.protocol import COLOCATED
 from asympo_megatron.rollout.bell import Background, Bell
 from asympo_megatron.rollout.client import EngineClient
 from asympo_megatron.rollout.collective import Collective, SenderLost
+from asympo_megatron.rollout.colocated import Colocated, check_local
 from asympo_megatron.rollout.fleet import Engine, EngineState, Fleet
 from asympo_megatron.rollout.rows import VersionRow
 from asympo_megatron.rollout.targets import Targets
@@ -39,7 +41,8 @@ class SyncOptions:
         silence_s: a serving engine that is silent for this long is taken out. It is asked for its weight version after
             every quarter of this, once, and has the other three quarters to answer. One that has requests and gave no
             good answer for a quarter is asked for a token, and has half of this to sample it.
-        collective: how weights in the trainer's memory reach an engine.
+        collective, colocated: how weights that lie with the trainer reach an engine.
+        local_only: engines of other machines are refused.
         backoff_s: pause after the first failure; doubles.
     """
 
@@ -49,6 +52,8 @@ class SyncOptions:
     start_timeout_s: float
     silence_s: float
     collective: Collective
+    colocated: Colocated
+    local_only: bool = False
     backoff_s: float = 0.5
 
 
@@ -82,8 +87,14 @@ class Syncer:
         self.last_sync_s = 0.0
 
     def join(self, url: str) -> Engine:
-        """Take an engine in (again); it gets requests once it is ready and holds the current weights."""
+        """Take an engine in (again); it gets requests once it is ready and holds the current weights.
+
+        Raises:
+            ControllerError: it is on another machine, and weights are shared on this one.
+        """
         url = url.rstrip("/")
+        if self._options.local_only:
+            check_local(url)
         known = self._fleet.engines.get(url)
         if known is not None and known.state is not EngineState.EVICTED:
             return known
@@ -218,7 +229,8 @@ class Syncer:
         mode = "abort" if fresh or goes_back else options.pause_mode
         label, flush_cache = str(row.version), mode != "in_place"
         if row.in_memory:
-            transfer = await options.collective.open(client, row)  # before the pause: meeting takes time
+            way = options.colocated if row.path.startswith(COLOCATED) else options.collective
+            transfer = await way.open(client, row)  # before the pause: meeting takes time
             try:
                 await client.pause(mode)
                 await transfer.run(label, flush_cache=flush_cache)

@@ -7,25 +7,21 @@ Every engine has a process group and a thread of its own here: a dead one times 
 """
 
 import logging
-import secrets
 import threading
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
-import msgspec
 import torch.distributed as dist
 from torch import Tensor
 
 from asympo_megatron import protocol
-from asympo_megatron.errors import AsympoError, PublishError
+from asympo_megatron.errors import PublishError
+from asympo_megatron.sync.commands import CommandServer
 from asympo_megatron.sync.group import WeightGroup, join_group, open_store
-from asympo_megatron.sync.spool import Spool, spool_version
+from asympo_megatron.sync.spool import Spool, Versions
 
 log = logging.getLogger(__name__)
-_BODY_BYTES = 1 << 20
 
 
 @dataclass
@@ -60,20 +56,23 @@ class WeightSender:
         timeout_s: float,
         folder: str | Path | None = None,
     ) -> None:
-        self._host, self._backend, self._folder = host, backend, folder
-        self._bucket_bytes, self._timeout_s = bucket_bytes, timeout_s
-        self._versions: dict[int, Spool] = {}
+        self._host, self._backend, self._timeout_s = host, backend, timeout_s
+        self._versions = Versions(bucket_bytes, folder)
         self._channels: dict[str, _Channel] = {}
-        self._secret = token
-        self._server = ThreadingHTTPServer((host, 0), _handler(self))
-        self._server.daemon_threads = True
-        self._thread = threading.Thread(target=self._server.serve_forever, name="weight-sender", daemon=True)
-        self._thread.start()
+        self._server = CommandServer(
+            host,
+            token,
+            {
+                "/join": (protocol.JoinGroupRequest, self.join),
+                "/send": (protocol.SendBucketRequest, self.send),
+                "/leave": (protocol.LeaveGroupRequest, self.leave),
+            },
+        )
 
     @property
     def address(self) -> str:
         """``collective://HOST:PORT``, which a published version names in place of a directory."""
-        return f"{protocol.COLLECTIVE}{self._host}:{self._server.server_address[1]}"
+        return f"{protocol.COLLECTIVE}{self._host}:{self._server.port}"
 
     def store(self, version: int, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Take a version in, one tensor in hand at a time.
@@ -81,23 +80,21 @@ class WeightSender:
         Raises:
             PublishError: see :func:`~asympo_megatron.sync.spool.spool_version`.
         """
-        self._versions[version] = spool_version(tensors, self._bucket_bytes, self._folder)
+        self._versions.store(version, tensors)
 
     def keep(self, versions: Collection[int]) -> None:
         """Forget all other versions; a transfer under way keeps what it sends."""
-        for version in [known for known in self._versions if known not in versions]:
-            del self._versions[version]
+        self._versions.keep(versions)
 
     def close(self) -> None:
         """Stop answering; groups end."""
-        self._server.shutdown()
-        self._server.server_close()
+        self._server.close()
         for name in list(self._channels):
             self.leave(protocol.LeaveGroupRequest(name))
 
     def join(self, request: protocol.JoinGroupRequest) -> protocol.JoinGroupReply:
         """Open a group of which this process is rank 0. Answers at once; the engine may come now."""
-        spool = self._spool(request.version)
+        spool = self._versions.spool(request.version)
         channel = _Channel(spool, open_store(self._host, self._timeout_s))
         self._channels[request.group] = channel
         threading.Thread(target=self._meet, args=(request, channel), name=request.group, daemon=True).start()
@@ -127,17 +124,6 @@ class WeightSender:
         if channel is not None and channel.group is not None:
             channel.group.abort()
 
-    def authorized(self, header: str) -> bool:
-        """Whether a request's Authorization header may command this sender."""
-        return self._secret is None or secrets.compare_digest(header.encode(), f"Bearer {self._secret}".encode())
-
-    def _spool(self, version: int) -> Spool:
-        spool = self._versions.get(version)
-        if spool is None:
-            held = ", ".join(map(str, sorted(self._versions))) or "none"
-            raise PublishError(f"version {version} is not held any more (held: {held}); a newer one replaces it.")
-        return spool
-
     def _meet(self, request: protocol.JoinGroupRequest, channel: _Channel) -> None:
         try:
             channel.group = join_group(
@@ -147,49 +133,3 @@ class WeightSender:
             channel.problem = str(error)
             log.info("group %s was not joined: %s", request.group, error)
         channel.joined.set()
-
-
-def _handler(sender: WeightSender) -> type[BaseHTTPRequestHandler]:
-    calls: dict[str, tuple[type, Callable[[Any], Any]]] = {
-        "/join": (protocol.JoinGroupRequest, sender.join),
-        "/send": (protocol.SendBucketRequest, sender.send),
-        "/leave": (protocol.LeaveGroupRequest, sender.leave),
-    }
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_POST(self) -> None:
-            body = self.rfile.read(min(int(self.headers.get("Content-Length", 0)), _BODY_BYTES))
-            if not sender.authorized(self.headers.get("Authorization", "")):
-                self._answer(
-                    401, _problem(PublishError("wrong or missing bearer token: set rollout.controller_token."))
-                )
-                return
-            if self.path not in calls:
-                self._answer(404, _problem(PublishError(f"{self.path} is unknown; known: {', '.join(calls)}.")))
-                return
-            kind, call = calls[self.path]
-            try:
-                reply = call(msgspec.msgpack.decode(body, type=kind))
-            except (AsympoError, msgspec.DecodeError, IndexError) as error:
-                self._answer(400, _problem(error))
-                return
-            self._answer(200, {} if reply is None else reply)
-
-        def log_message(self, format: str, *args: object) -> None:
-            log.debug(format, *args)
-
-        def _answer(self, status: int, content: object) -> None:
-            data = msgspec.msgpack.encode(content)
-            self.send_response(status)
-            self.send_header("Content-Type", "application/msgpack")
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-    return Handler
-
-
-def _problem(error: Exception) -> protocol.ErrorReply:
-    return protocol.ErrorReply(type(error).__name__, str(error))

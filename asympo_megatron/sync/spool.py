@@ -8,7 +8,7 @@ copy. What the kernel caches of the file it takes back when memory is needed.
 import mmap
 import tempfile
 import weakref
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -44,6 +44,37 @@ class Spool:
         flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
         mapped = mmap.mmap(self._descriptor, size, flags=flags, offset=self._offsets[number])
         return torch.frombuffer(mapped, dtype=torch.uint8)
+
+
+class Versions:
+    """The spools of the published versions that engines still need.
+
+    Args:
+        largest_bytes: largest bucket, except where one tensor alone is larger.
+        folder: where spools lie; None takes the system's temporary directory.
+    """
+
+    def __init__(self, largest_bytes: int, folder: str | Path | None) -> None:
+        self._largest_bytes, self._folder = largest_bytes, folder
+        self._spools: dict[int, Spool] = {}
+
+    def store(self, version: int, tensors: Iterable[tuple[str, Tensor]]) -> Spool:
+        """Take a version in; raises PublishError as :func:`spool_version` does."""
+        self._spools[version] = spool_version(tensors, self._largest_bytes, self._folder)
+        return self._spools[version]
+
+    def keep(self, versions: Collection[int]) -> None:
+        """Forget all others; a transfer under way keeps what it sends."""
+        for version in [known for known in self._spools if known not in versions]:
+            del self._spools[version]
+
+    def spool(self, version: int) -> Spool:
+        """Raises PublishError when the version is not held any more."""
+        spool = self._spools.get(version)
+        if spool is None:
+            held = ", ".join(map(str, sorted(self._spools))) or "none"
+            raise PublishError(f"version {version} is not held any more (held: {held}); a newer one replaces it.")
+        return spool
 
 
 def spool_version(tensors: Iterable[tuple[str, Tensor]], largest_bytes: int, folder: str | Path | None = None) -> Spool:

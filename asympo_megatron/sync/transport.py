@@ -8,7 +8,6 @@ from torch import Tensor
 
 from asympo_megatron.sync.disk import write_version
 from asympo_megatron.sync.manifest import prune_versions
-from asympo_megatron.sync.sender import WeightSender
 
 
 class Transport(Protocol):
@@ -47,10 +46,24 @@ class DiskTransport:
         """Versions stay on disk."""
 
 
-class CollectiveTransport:
-    """Buckets beside this process, broadcast to each engine on the controller's command."""
+class Sender(Protocol):
+    """Hands versions to engines from this process."""
 
-    def __init__(self, sender: WeightSender) -> None:
+    @property
+    def address(self) -> str: ...
+    def store(self, version: int, tensors: Iterable[tuple[str, Tensor]]) -> None: ...
+    def keep(self, versions: Collection[int]) -> None: ...
+    def close(self) -> None: ...
+
+
+class SenderTransport:
+    """Buckets beside this process, handed to each engine on the controller's command.
+
+    Args:
+        sender: broadcasts them (WeightSender), or shares memory (WeightSharer).
+    """
+
+    def __init__(self, sender: Sender) -> None:
         self._sender = sender
 
     def store(self, version: int, step: int, tensors: Iterable[tuple[str, Tensor]], checksum: str) -> str:

@@ -11,7 +11,8 @@ from asympo_megatron.mcore import Checkpoints, Layout, Learner, initialize, shut
 from asympo_megatron.metrics import MetricsWriter, open_sinks
 from asympo_megatron.objectives import Objective, build_objective, penalize_kl
 from asympo_megatron.sync.sender import WeightSender
-from asympo_megatron.sync.transport import CollectiveTransport, DiskTransport, Transport
+from asympo_megatron.sync.sharer import WeightSharer
+from asympo_megatron.sync.transport import DiskTransport, SenderTransport, Transport
 from asympo_megatron.tasks import load_task, prepare_model_dir
 from asympo_megatron.trainer.client import ControllerClient
 from asympo_megatron.trainer.exchange import Exchange
@@ -135,15 +136,18 @@ def _transport(config: Config, layout: Layout, run_dir: RunDir, model_dir: Path)
     sync = config.sync
     if sync.transport == "disk":
         return DiskTransport(run_dir.weights, model_dir, sync.keep_last)
+    token = config.rollout.controller_token
+    if sync.transport == "colocated":
+        return SenderTransport(WeightSharer(token, sync.bucket_bytes, sync.spool_dir))
     sender = WeightSender(
         sync.host,
-        config.rollout.controller_token,
+        token,
         backend="nccl" if layout.device.type == "cuda" else "gloo",
         bucket_bytes=sync.bucket_bytes,
         timeout_s=config.rollout.engine_timeout_s,
         folder=sync.spool_dir,
     )
-    return CollectiveTransport(sender)
+    return SenderTransport(sender)
 
 
 def _rows(config: Config, exchange: Exchange, run_dir: RunDir) -> MetricsRows:

@@ -59,7 +59,7 @@ def test_bad_generate_body_is_refused_with_its_reason(engine: EngineClient, body
         ("/update_weights_from_disk", {}, "model_path"),
         ("/weights_checker", {"action": "compare"}, "only checksum"),
         ("/flush_cache?timeout=soon", {}, "expected seconds"),
-        ("/update_weights_from_tensor", {}, "not supported by the embedded engine"),
+        ("/update_weights_from_tensor", {}, "serialized_named_tensors"),
         ("/end_weight_update", {}, "no weight-update session is open"),
     ],
 )

@@ -112,3 +112,18 @@ def test_a_sender_on_the_network_needs_a_token() -> None:
     with pytest.raises(ConfigError, match=r"sync\.host=10\.0\.0\.7 opens .* Set rollout\.controller_token"):
         load_config("quickstart", open_to_all)
     assert load_config("quickstart", [*open_to_all, "rollout.controller_token=s"]).sync.host == "10.0.0.7"
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("rollout.engine_urls=[http://127.0.0.1:1,http://10.0.0.7:30000]", r"engine_urls has http://10\.0\.0\.7:30000"),
+        ("rollout.engine_host=0.0.0.0", r"rollout\.engine_host is 0\.0\.0\.0"),
+    ],
+)
+def test_memory_is_shared_with_engines_of_this_machine_only(override: str, words: str) -> None:
+    colocated = "sync.transport=colocated"
+    with pytest.raises(ConfigError, match=rf"{words}\. Set sync\.transport to disk or collective"):
+        load_config("quickstart", [colocated, override])
+    load_config("quickstart", ["sync.transport=disk", override])
+    load_config("quickstart", [colocated, "rollout.engine_urls=[http://localhost:1,http://127.0.0.1:2]"])
