@@ -11,7 +11,7 @@ from yarl import URL
 
 from asympo_megatron.errors import EngineError
 from asympo_megatron.rollout.answer import Answer, AnswerReader, GenerateRequest
-from asympo_megatron.rollout.expiry import Expiry
+from asympo_megatron.rollout.expiry import Expiring, Expiry
 
 log = logging.getLogger(__name__)
 _KEEPALIVE_S = 2.0
@@ -40,7 +40,7 @@ class EngineClient:
     def __init__(self, url: str, api_key: str | None, request_timeout_s: float, control_timeout_s: float) -> None:
         self.url = url.rstrip("/")
         self._generate_url = URL(self.url + "/generate")
-        self._control_timeout_s = control_timeout_s
+        self.control_timeout_s = control_timeout_s
         headers = {"Content-Type": "application/json"}
         if api_key:
             headers["Authorization"] = f"Bearer {api_key}"
@@ -69,29 +69,21 @@ class EngineClient:
             EngineLost: no connection, or no answer in time even after an abort.
             EngineError: any other status, or an answer that fails its checks.
         """
-        expired = False
-        deadline = asyncio.timeout(None)  # set when it is near: a timer for each of thousands of requests costs
-
-        def expire() -> None:
-            nonlocal expired
-            expired = True
-            self._abort_soon(request.rid)
-            deadline.reschedule(asyncio.get_running_loop().time() + self._control_timeout_s)
-
-        ticket = self._expiry.add(expire)
+        limit = _Limit(self, request.rid)
+        self._expiry.add(limit)
         try:
             async with (
-                deadline,
+                limit.deadline,
                 self._session.post(self._generate_url, data=msgspec.json.encode(request)) as reply,
             ):
                 status, body = reply.status, await reply.read()
         except asyncio.CancelledError:
-            self._abort_soon(request.rid)
+            self.abort_soon(request.rid)
             raise
         except (aiohttp.ClientError, OSError, TimeoutError, RuntimeError) as error:  # RuntimeError: session is closed
             raise EngineLost(f"engine {self.url}: /generate failed ({_describe(error)})") from error
         finally:
-            self._expiry.remove(ticket)
+            self._expiry.remove(limit)
         if status == 400:
             raise RequestRefused(f"engine {self.url} refused a request: {body[:300].decode(errors='replace')}")
         if status != 200:
@@ -100,11 +92,11 @@ class EngineClient:
             answer = reader.read(body, request)
         except EngineError as error:
             raise EngineError(f"engine {self.url}: {error}") from error
-        return msgspec.structs.replace(answer, expired=True) if expired else answer
+        return msgspec.structs.replace(answer, expired=True) if limit.expired else answer
 
     async def ready(self) -> None:
         """Raises EngineError while the engine does not take requests."""
-        status, body = await self._call("GET", "/ready", None, self._control_timeout_s)
+        status, body = await self._call("GET", "/ready", None, self.control_timeout_s)
         if status == 404:  # older servers have only /model_info
             await self.weight_label()
         elif status != 200:
@@ -144,6 +136,12 @@ class EngineClient:
         """End every request whose id begins with ``rid_prefix``; each answers with the tokens it has."""
         await self._control("POST", "/abort_request", {"rid": rid_prefix})
 
+    def abort_soon(self, rid: str) -> None:
+        """The same without waiting for it; a failure is logged."""
+        task = asyncio.get_running_loop().create_task(self._abort_quietly(rid))
+        self._aborts.add(task)
+        task.add_done_callback(self._aborts.discard)
+
     async def update_weights(self, path: str, label: str, *, flush_cache: bool, timeout_s: float) -> None:
         """Load the weights under ``path``. Not retried: what a failed load left behind is unknown."""
         payload = {"model_path": path, "weight_version": label, "flush_cache": flush_cache}
@@ -180,7 +178,7 @@ class EngineClient:
 
     async def destroy_group(self, name: str) -> None:
         """Leave a process group."""
-        await self._call("POST", "/destroy_weights_update_group", {"group_name": name}, self._control_timeout_s)
+        await self._call("POST", "/destroy_weights_update_group", {"group_name": name}, self.control_timeout_s)
 
     async def _control(
         self, method: str, path: str, payload: Any, attempts: int = 3, timeout_s: float | None = None
@@ -191,7 +189,7 @@ class EngineClient:
             wait=wait_exponential(multiplier=0.05, max=1.0),
             reraise=True,
         )
-        deadline_s = self._control_timeout_s if timeout_s is None else timeout_s
+        deadline_s = self.control_timeout_s if timeout_s is None else timeout_s
         reply: tuple[int, bytes] = await retrying(self._call, method, path, payload, deadline_s)
         status, body = reply
         if status != 200:
@@ -206,16 +204,26 @@ class EngineClient:
         except (aiohttp.ClientError, OSError, TimeoutError, RuntimeError) as error:
             raise EngineLost(f"engine {self.url}: {path} failed ({_describe(error)})") from error
 
-    def _abort_soon(self, rid: str) -> None:
-        task = asyncio.get_running_loop().create_task(self._abort_quietly(rid))
-        self._aborts.add(task)
-        task.add_done_callback(self._aborts.discard)
-
     async def _abort_quietly(self, rid: str) -> None:
         try:
             await self.abort(rid)
         except EngineError as error:
             log.warning("%s", error)
+
+
+class _Limit(Expiring):
+    """A request's time: when it is over, the engine is asked for what it has, and must answer soon."""
+
+    __slots__ = ("_client", "_rid", "deadline", "expired")
+
+    def __init__(self, client: EngineClient, rid: str) -> None:
+        self._client, self._rid, self.expired = client, rid, False
+        self.deadline = asyncio.timeout(None)  # set when it is near: a timer for each of thousands of requests costs
+
+    def expire(self) -> None:
+        self.expired = True
+        self._client.abort_soon(self._rid)
+        self.deadline.reschedule(asyncio.get_running_loop().time() + self._client.control_timeout_s)
 
 
 def _lost_at_once(error: BaseException) -> bool:

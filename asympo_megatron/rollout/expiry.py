@@ -1,11 +1,22 @@
 """One timer for many requests that all have the same time-out."""
 
 import asyncio
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+
+
+class Expiring(ABC):
+    """What expires."""
+
+    __slots__ = ("due_s",)
+    due_s: float
+
+    @abstractmethod
+    def expire(self) -> None:
+        """Its time is over."""
 
 
 class Expiry:
-    """Calls back what is not removed within ``timeout_s``.
+    """Calls what is not removed within ``timeout_s``.
 
     Every entry has the same time-out, so the oldest one is due first: one timer serves all, and an entry that is
     removed in time costs two operations on a dictionary.
@@ -16,23 +27,20 @@ class Expiry:
 
     def __init__(self, timeout_s: float) -> None:
         self._timeout_s = timeout_s
-        self._entries: dict[int, tuple[float, Callable[[], None]]] = {}
-        self._next_ticket = 0
+        self._entries: dict[Expiring, None] = {}
         self._timer: asyncio.TimerHandle | None = None
 
-    def add(self, call: Callable[[], None]) -> int:
-        """Call ``call`` once when the time is over; returns a ticket for :meth:`remove`."""
+    def add(self, entry: Expiring) -> None:
+        """Call ``entry.expire()`` once when the time is over."""
         loop = asyncio.get_running_loop()
-        ticket, due_s = self._next_ticket, loop.time() + self._timeout_s
-        self._next_ticket += 1
-        self._entries[ticket] = (due_s, call)
+        entry.due_s = loop.time() + self._timeout_s
+        self._entries[entry] = None
         if self._timer is None:
-            self._timer = loop.call_at(due_s, self._fire)
-        return ticket
+            self._timer = loop.call_at(entry.due_s, self._fire)
 
-    def remove(self, ticket: int) -> None:
+    def remove(self, entry: Expiring) -> None:
         """It is done, in time or not."""
-        self._entries.pop(ticket, None)
+        self._entries.pop(entry, None)
 
     def close(self) -> None:
         """Forget everything."""
@@ -47,10 +55,9 @@ class Expiry:
         now_s = self._timer.when()  # the loop may call a timer up to a tick of its clock early
         self._timer = None
         while self._entries:
-            ticket = next(iter(self._entries))
-            due_s, call = self._entries[ticket]
-            if due_s > now_s:
-                self._timer = loop.call_at(due_s, self._fire)
+            entry = next(iter(self._entries))
+            if entry.due_s > now_s:
+                self._timer = loop.call_at(entry.due_s, self._fire)
                 return
-            del self._entries[ticket]
-            call()
+            del self._entries[entry]
+            entry.expire()

@@ -85,7 +85,7 @@ class Requester:
         attempt = draft.requests
         while True:
             if draft.version is None and not self._may_sample(draft.group):
-                await self._bell.until(lambda: self._may_sample(draft.group))
+                await self._until_allowed(draft.group)
             engine = await self._fleet.acquire(draft.group, draft.version)
             try:
                 if not self._still_fits(engine, draft):  # it changed between the grant and now
@@ -103,6 +103,9 @@ class Requester:
                 return parts.finish(answer.finish_reason, attempt - draft.requests)
             if len(parts.ids) >= draft.params.max_new_tokens:
                 return parts.finish("length", attempt - draft.requests)
+
+    async def _until_allowed(self, group: int) -> None:
+        await self._bell.until(lambda: self._may_sample(group))
 
     def _still_fits(self, engine: Engine, draft: Draft) -> bool:
         if not engine.serving or engine.weights is None:

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from asympo_megatron.rollout.expiry import Expiry
+from asympo_megatron.rollout.expiry import Expiring, Expiry
 from asympo_megatron.testing.virtual_time import run_virtual
 
 
@@ -14,21 +14,31 @@ class Calls:
     def __init__(self, timeout_s):
         self.expiry, self.seen = Expiry(timeout_s), []
 
-    def add(self, name):
-        loop = asyncio.get_running_loop()
-        return self.expiry.add(lambda: self.seen.append((name, loop.time())))
+    def add(self, name, after=lambda: None):
+        entry = Entry(self, name, after)
+        self.expiry.add(entry)
+        return entry
+
+
+class Entry(Expiring):
+    def __init__(self, calls, name, after):
+        self._calls, self._name, self._after = calls, name, after
+
+    def expire(self):
+        self._calls.seen.append((self._name, asyncio.get_running_loop().time()))
+        self._after()
 
 
 def test_each_entry_expires_at_its_own_time_unless_removed():
     async def scenario():
-        calls, tickets = Calls(10.0), {}
+        calls, entries = Calls(10.0), {}
         for name in "abcd":  # at 0, 1, 2, 3
-            tickets[name] = calls.add(name)
+            entries[name] = calls.add(name)
             await asyncio.sleep(1)
-        calls.expiry.remove(tickets["a"])  # the one that the timer was set for
-        calls.expiry.remove(tickets["c"])
+        calls.expiry.remove(entries["a"])  # the one that the timer was set for
+        calls.expiry.remove(entries["c"])
         await asyncio.sleep(100)
-        calls.expiry.remove(tickets["b"])  # done after all, too late
+        calls.expiry.remove(entries["b"])  # done after all, too late
         return calls.seen
 
     assert run_virtual(scenario()) == [("b", pytest.approx(11.0)), ("d", pytest.approx(13.0))]
@@ -49,12 +59,16 @@ def test_it_serves_again_after_a_quiet_time():
 def test_entries_added_by_an_expiry_wait_their_time():
     async def scenario():
         calls = Calls(10.0)
-        calls.expiry.add(lambda: calls.add("again"))
+        calls.add("a", after=lambda: calls.add("again"))
         calls.add("b")
         await asyncio.sleep(100)
         return calls.seen
 
-    assert run_virtual(scenario()) == [("b", pytest.approx(10.0)), ("again", pytest.approx(20.0))]
+    assert run_virtual(scenario()) == [
+        ("a", pytest.approx(10.0)),
+        ("b", pytest.approx(10.0)),
+        ("again", pytest.approx(20.0)),
+    ]
 
 
 def test_nothing_happens_after_close():
