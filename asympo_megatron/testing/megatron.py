@@ -4,6 +4,7 @@ Process start-up dominates on a small machine, so start once per world size and 
 """
 
 import faulthandler
+import gc
 import importlib.util
 import json
 import os
@@ -17,9 +18,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore
+
+_MANY_THREADS = 32
+"""More than a process has without groups."""
 
 
 class RankError(AssertionError):
@@ -55,6 +60,22 @@ def run_ranks(
                     process.kill()
                 process.wait()
         return [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(world_size)]
+
+
+def leave_groups() -> None:
+    """Shut Megatron-Core down and free its learners, whose process groups have threads that wake 100 times a second."""
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    from asympo_megatron.mcore import shutdown
+
+    shutdown()
+    gc.collect()
+    if psutil.Process().num_threads() > _MANY_THREADS:
+        # The float32 weights of a distributed optimizer are views of the model's. Their autograd nodes, which gc cannot
+        # look into, hold the hooks of DDP, and these hold all the rest.
+        for optimizer in [found for found in gc.get_objects() if isinstance(found, DistributedOptimizer)]:
+            vars(optimizer).clear()
+        gc.collect()
 
 
 def join_group(name: str) -> None:

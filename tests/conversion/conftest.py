@@ -1,6 +1,5 @@
 """Small Hugging Face models of every family, one rank in this process."""
 
-import gc
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,14 +14,13 @@ sys.path.insert(0, str(Path(__file__).parent))  # for the modules beside this fi
 @pytest.fixture
 def one_rank() -> Iterator[None]:
     """Leave whatever group a test joined, also when it fails."""
-    from asympo_megatron.mcore import shutdown
+    from asympo_megatron.testing.megatron import leave_groups
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    shutdown()
+    leave_groups()
     yield
-    shutdown()
-    gc.collect()  # learners are full of cycles and hold process groups, whose threads wake a hundred times a second
+    leave_groups()
     torch.set_num_threads(threads)
 
 

@@ -1,6 +1,5 @@
 """What the ranks of the lattice run: cells against a reference that one rank has left in a file."""
 
-import gc
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,10 +16,10 @@ from lattice_mutants import MUTANTS, Mutant
 from asympo_megatron.config import Config
 from asympo_megatron.config.validate import validate
 from asympo_megatron.errors import NonFiniteLossError
-from asympo_megatron.mcore import Layout, Learner, initialize, shutdown
+from asympo_megatron.mcore import Layout, Learner, initialize
 from asympo_megatron.objectives import build_objective
 from asympo_megatron.testing.gradients import GradientProbe, relative_error, relative_errors
-from asympo_megatron.testing.megatron import join_group
+from asympo_megatron.testing.megatron import join_group, leave_groups
 
 PROGRAM = __file__
 STEPS = 3
@@ -69,8 +68,7 @@ def joined(name: str, cell: Cell) -> Iterator[Layout]:
     try:
         yield initialize(config_of(cell))
     finally:
-        shutdown()
-        gc.collect()  # learners are full of cycles, and each holds groups whose threads wake a hundred times a second
+        leave_groups()
 
 
 def reference_file(folder: Path, cell: Cell) -> Path:
