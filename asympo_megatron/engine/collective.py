@@ -1,16 +1,17 @@
 """Weights that a trainer broadcasts: joining its group, receiving buckets in a session, as the real server does."""
 
 import asyncio
-from typing import Any
 
 import msgspec
+import torch
 from aiohttp import web
+from torch import Tensor
 
 from asympo_megatron.engine.model import check_names
 from asympo_megatron.engine.state import ENGINE, Engine, json_response, read_json
 from asympo_megatron.errors import EngineError, PublishError
 from asympo_megatron.protocol import BucketInfo
-from asympo_megatron.sync.bucket import empty_bucket, split_bucket
+from asympo_megatron.sync.bucket import bucket_bytes, split_bucket
 from asympo_megatron.sync.group import BACKENDS, WeightGroup, join_group, reach_store
 
 _DEFAULT_NAME = "weight_update_group"
@@ -75,9 +76,12 @@ async def update_from_distributed(request: web.Request) -> web.Response:
         await engine.thread.call(engine.scheduler.abort, "", True)
     try:
         async with engine.update_lock:
-            weights = await _receive(engine, body)
+            # Taken, not lent: after a failure somebody may still write to it.
+            memory, engine.received = engine.received, engine.received.new_empty(0)
+            memory, weights = await _receive(engine, body, memory)
             path = engine.scheduler.model_path
             await engine.thread.update(weights, path, body.weight_version, body.flush_cache)
+            engine.received = memory
     except (EngineError, PublishError) as error:
         return _answer(False, f"Failed to update parameter online: {error}")
     message = "Succeeded to update parameter online."
@@ -91,7 +95,8 @@ def _join(body: InitGroupBody, timeout_s: float) -> WeightGroup:
     return join_group(store, body.group_name, body.rank_offset, body.world_size, body.backend, timeout_s)
 
 
-async def _receive(engine: Engine, body: DistributedUpdateBody) -> dict[str, Any]:
+async def _receive(engine: Engine, body: DistributedUpdateBody, memory: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """The tensors of a bucket, as views of the memory, which is replaced where it is too small."""
     group = engine.groups.get(body.group_name)
     if group is None:
         known = list(engine.groups)
@@ -101,7 +106,10 @@ async def _receive(engine: Engine, body: DistributedUpdateBody) -> dict[str, Any
     if not len(body.names) == len(body.dtypes) == len(body.shapes) > 0:
         raise EngineError("names, dtypes and shapes must have one entry for each tensor.")
     info = BucketInfo(body.names, body.dtypes, body.shapes)
-    data = empty_bucket(info, group.device)
+    size = bucket_bytes(info)
+    if memory.numel() < size or memory.device != group.device:
+        memory = torch.empty(size, dtype=torch.uint8, device=group.device)
+    data = memory[:size]
     weights = split_bucket(info, data)
     check_names(engine.model, weights, "the bucket")
     # One broadcast of the whole bucket, or one of each tensor; either way into the same memory.
@@ -111,7 +119,7 @@ async def _receive(engine: Engine, body: DistributedUpdateBody) -> dict[str, Any
             await asyncio.to_thread(group.broadcast, target)
     except RuntimeError as error:
         raise EngineError(f"receiving failed: {error}") from error
-    return {name: tensor.cpu() for name, tensor in weights.items()}
+    return memory, {name: tensor.cpu() for name, tensor in weights.items()}
 
 
 def _answer(success: bool, message: str) -> web.Response:

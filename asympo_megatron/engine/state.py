@@ -4,6 +4,7 @@ import asyncio
 from typing import Any
 
 import msgspec
+import torch
 from aiohttp import web
 
 from asympo_megatron.engine.model import ServedModel
@@ -26,6 +27,8 @@ class Engine:
         self.update_lock = asyncio.Lock()
         self.in_session = False
         self.groups: dict[str, WeightGroup] = {}
+        self.received = torch.empty(0, dtype=torch.uint8)
+        """Memory of the last bucket, for the next one: fresh memory costs half as much as what is received into it."""
 
 
 ENGINE = web.AppKey("engine", Engine)

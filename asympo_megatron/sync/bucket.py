@@ -14,11 +14,6 @@ def bucket_bytes(info: BucketInfo) -> int:
     return sum(_sizes(info))
 
 
-def empty_bucket(info: BucketInfo, device: torch.device | str = "cpu") -> Tensor:
-    """Memory to receive a bucket into: uint8 [bytes]."""
-    return torch.empty(bucket_bytes(info), dtype=torch.uint8, device=device)
-
-
 def split_bucket(info: BucketInfo, data: Tensor) -> dict[str, Tensor]:
     """The tensors of a received bucket, as views of it."""
     parts = data.split(_sizes(info))
