@@ -39,8 +39,9 @@ def make_app(options: EngineOptions, model: ServedModel | None = None) -> web.Ap
 
 def _add_routes(app: web.Application) -> None:
     get, post = app.router.add_get, app.router.add_post
-    for path in ("/health", "/health_generate", "/ready"):
+    for path in ("/health", "/health_generate"):
         get(path, info.health)
+    get("/ready", info.ready)
     for path in ("/model_info", "/get_model_info"):
         get(path, info.model_info)
     for path in ("/server_info", "/get_server_info"):

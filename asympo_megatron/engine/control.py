@@ -29,6 +29,7 @@ class DiskUpdateBody(msgspec.Struct, frozen=True):
     weight_version: str | None = None
     flush_cache: bool = True
     abort_all_requests: bool = False
+    load_format: str | None = None
 
 
 class RelabelBody(msgspec.Struct, frozen=True):
@@ -79,6 +80,8 @@ async def update_weights_from_disk(request: web.Request) -> web.Response:
     if body.abort_all_requests:
         await engine.thread.call(engine.scheduler.abort, "", True)
     try:
+        if (body.load_format or engine.options.load_format) == "dummy":
+            raise EngineError("load_format is dummy, which reads no files; say load_format: auto.")
         async with engine.update_lock:
             weights = await asyncio.to_thread(read_weights, engine.model, body.model_path)
             await engine.thread.update(weights, body.model_path, body.weight_version, body.flush_cache)

@@ -18,6 +18,12 @@ async def health(request: web.Request) -> web.Response:
     return web.Response(status=200 if request.app[ENGINE].thread.alive else 503)
 
 
+async def ready(request: web.Request) -> web.Response:
+    """As health, but 503 while generation is paused."""
+    engine = request.app[ENGINE]
+    return web.Response(status=200 if engine.thread.alive and not engine.scheduler.paused else 503)
+
+
 async def model_info(request: web.Request) -> web.Response:
     """What is served, and which weights."""
     engine = request.app[ENGINE]

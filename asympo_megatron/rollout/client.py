@@ -95,11 +95,13 @@ class EngineClient:
         return msgspec.structs.replace(answer, expired=True) if limit.expired else answer
 
     async def ready(self) -> None:
-        """Raises EngineError while the engine does not take requests."""
+        """Raises EngineError while the engine does not take requests. One that is paused is told to go on: a failed
+        update, or a controller that died in one, leaves it so, and a paused server is never ready."""
         status, body = await self._call("GET", "/ready", None, self.control_timeout_s)
         if status == 404:  # older servers have only /model_info
             await self.weight_label()
         elif status != 200:
+            await self._call("POST", "/continue_generation", {}, self.control_timeout_s)
             raise EngineError(f"engine {self.url}: /ready answered HTTP {status}: {body[:200]!r}")
 
     async def weight_label(self, attempts: int = 1, timeout_s: float | None = None) -> str:
@@ -145,6 +147,7 @@ class EngineClient:
     async def update_weights(self, path: str, label: str, *, flush_cache: bool, timeout_s: float) -> None:
         """Load the weights under ``path``. Not retried: what a failed load left behind is unknown."""
         payload = {"model_path": path, "weight_version": label, "flush_cache": flush_cache}
+        payload["load_format"] = "auto"  # by default a server loads as it was started: dummy, when by `asympo run`
         await self.update_call("/update_weights_from_disk", payload, timeout_s)
 
     async def update_call(self, path: str, payload: dict[str, Any], timeout_s: float) -> None:

@@ -133,7 +133,7 @@ class FakeEngine:
         self._update_gate = asyncio.Event()
         return self._update_gate
 
-    async def until(self, condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
+    async def until(self, condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
         """Wait until the engine looks as the test wants."""
         async with asyncio.timeout(timeout_s), self._changed:
             await self._changed.wait_for(condition)
@@ -142,7 +142,7 @@ class FakeEngine:
 
     async def _ready(self, request: web.Request) -> web.Response:
         await self._note("/ready", {})
-        return web.Response(status=200 if self.is_ready and self._authorized(request) else 503)
+        return web.Response(status=200 if self.is_ready and not self.paused and self._authorized(request) else 503)
 
     async def _health_generate(self, request: web.Request) -> web.Response:
         """As the real one: 200 when a token comes out in time."""
@@ -177,6 +177,8 @@ class FakeEngine:
     async def _update(self, body: dict[str, Any]) -> web.Response:
         if self._update_gate is not None:
             await self._update_gate.wait()
+        if body.get("load_format") != "auto":
+            return _json({"success": False, "message": "Failed to get model loader"}, 400)
         if self._failing_updates:
             return _json({"success": False, "message": self._failing_updates.popleft()}, 400)
         if body["flush_cache"] and any(not one.aborted for one in self.running.values()) and not self.paused:

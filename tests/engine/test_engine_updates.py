@@ -121,6 +121,20 @@ def test_update_without_pause_waits_for_running_requests_and_holds_new_ones(engi
     assert engine.generate(max_new_tokens=2)["meta_info"]["weight_version"] == "v2"
 
 
+def test_a_paused_server_is_not_ready_and_a_refused_update_leaves_it_paused(engine: EngineClient) -> None:
+    assert engine.call("/ready")[0] == 200
+    with engine.paused("in_place"):
+        assert engine.call("/ready")[0] == 503
+        body = {"model_path": str(engine.model_b), "weight_version": "2", "load_format": "dummy"}
+        status, answer = engine.call("/update_weights_from_disk", body, "POST")
+        assert (status, answer["success"]) == (400, False), "a format that reads no files"
+        assert engine.call("/ready")[0] == 503
+        assert engine.call("/model_info")[1]["weight_version"] == "default"
+        engine.post("/update_weights_from_disk", body | {"load_format": "auto"})
+    assert engine.call("/ready")[0] == 200
+    assert engine.call("/model_info")[1]["weight_version"] == "2"
+
+
 def test_abort_matches_by_prefix(engine: EngineClient) -> None:
     rids = ["run.1.g1", "run.1.g10", "run.1.g2", "other"]
     running = {rid: engine.start(rid=rid, max_new_tokens=LONGER) for rid in rids}

@@ -49,7 +49,8 @@ def test_update_in_flight_gives_responses_of_two_versions(tmp_path: Path) -> Non
                 "/pause_generation", "/update_weights_from_disk", "/continue_generation",
             ]  # fmt: skip
             assert sync[-3][1] == {"mode": "in_place"}
-            assert sync[-2][1] == {"model_path": "/weights/1", "weight_version": "1", "flush_cache": False}
+            load = {"model_path": "/weights/1", "weight_version": "1", "flush_cache": False, "load_format": "auto"}
+            assert sync[-2][1] == load
 
     run_async(scenario())
 
@@ -143,7 +144,7 @@ def test_label_is_verified(tmp_path: Path) -> None:
             return web.json_response({"success": True})
 
         engine._update = forgetful  # type: ignore[method-assign]
-        config = small_config(rollout__engine_timeout_s=0.2)
+        config = small_config(rollout__engine_timeout_s=1.0)
         async with world(tmp_path, config, engines=[engine]) as w:
             await w.trainer.attach()
             await w.trainer.publish(0)
@@ -180,14 +181,14 @@ def test_version_is_in_use_while_its_files_are_verified(tmp_path: Path) -> None:
         def verify(path: Path) -> None:
             if path.name == "1":
                 begun.set()
-                assert go_on.wait(20)
+                assert go_on.wait(120)
 
         async with world(tmp_path, verify=verify) as w:
             await w.trainer.attach()
             await w.trainer.publish(0)
             await w.until(lambda: installed(w, 0))
             await w.trainer.publish(1)
-            assert await asyncio.to_thread(begun.wait, 20)
+            assert await asyncio.to_thread(begun.wait, 120)
             await w.trainer.publish(2)
             publish = protocol.PublishRequest(w.trainer.incarnation, 2, 2, "weights-2", "/weights/2")
             try:
@@ -207,7 +208,7 @@ def test_damaged_version_that_nobody_wants_any_more_is_passed_over(tmp_path: Pat
         def verify(path: Path) -> None:
             if path.name == "1":
                 begun.set()
-                assert go_on.wait(20)
+                assert go_on.wait(120)
                 raise PublishError(f"{path} has no readable manifest.")
 
         async with world(tmp_path, verify=verify) as w:
@@ -215,7 +216,7 @@ def test_damaged_version_that_nobody_wants_any_more_is_passed_over(tmp_path: Pat
             await w.trainer.publish(0)
             await w.until(lambda: installed(w, 0))
             await w.trainer.publish(1)
-            assert await asyncio.to_thread(begun.wait, 20)
+            assert await asyncio.to_thread(begun.wait, 120)
             await w.trainer.publish(2)
             go_on.set()
             await w.until(lambda: installed(w, 2) or w.controller.failure is not None)
