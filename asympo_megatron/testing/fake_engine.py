@@ -210,6 +210,7 @@ class FakeEngine:
                 await self._sample(running)
             finally:
                 self.running.pop(body["rid"], None)
+                self._changed.notify_all()
         return self._answer(request, running)
 
     async def _sample(self, running: FakeRequest) -> None:

@@ -1,10 +1,14 @@
 """Requests that are slow, queued or many: aborted and resumed, never a failure of their engine."""
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
 from rollout_world import VOCAB, changed, run_async, small_config, world
 
+from asympo_megatron.rollout.bell import Bell
+from asympo_megatron.rollout.fleet import Engine, EngineState, Fleet
+from asympo_megatron.rollout.rows import VersionRow
 from asympo_megatron.testing.fake_engine import FakeEngine
 
 
@@ -14,7 +18,7 @@ def test_slow_request_is_aborted_and_resumed(tmp_path: Path) -> None:
     async def scenario() -> None:
         engine = FakeEngine(VOCAB)
         engine.hold(lambda body: 3 if body["rid"].endswith(".0000.") else None)
-        config = small_config(rollout__request_timeout_s=0.1, rollout__max_lag_steps=0)
+        config = small_config(rollout__request_timeout_s=0.5, rollout__max_lag_steps=0)
         async with world(tmp_path, config, [engine]) as w:
             await w.trainer.attach()
             await w.trainer.publish(0)
@@ -38,7 +42,7 @@ def test_requests_that_expire_in_a_full_queue_are_no_failure(tmp_path: Path) -> 
             return 0 if len(first) <= 16 else None
 
         engine.hold(hold)
-        config = small_config(rollout__request_timeout_s=0.2, rollout__max_lag_steps=3)
+        config = small_config(rollout__request_timeout_s=1.0, rollout__max_lag_steps=3)
         async with world(tmp_path, config, [engine]) as w:
             await w.trainer.attach()
             await w.trainer.publish(0)
@@ -89,28 +93,55 @@ def test_requests_wait_in_the_controller_and_oldest_groups_go_first(tmp_path: Pa
     run_async(scenario())
 
 
-def test_groups_stay_together_and_load_is_shared(tmp_path: Path) -> None:
+def make_fleet(slots: int) -> Fleet:
+    """Two engines that serve, with groups of four in mind."""
+    fleet = Fleet(slots, 4, Bell())
+    for url in ("a", "b"):
+        fleet.engines[url] = Engine(url, None, EngineState.SERVING, VersionRow(0, 0, 1, "", ""))  # type: ignore[arg-type]
+    return fleet
+
+
+def test_groups_stay_together_and_load_is_shared() -> None:
+    async def scenario() -> list[list[str]]:
+        fleet = make_fleet(slots=8)
+        return [[(await fleet.acquire(group)).url for _ in range(4)] for group in range(4)]
+
+    assert run_async(scenario()) == [["a"] * 4, ["b"] * 4, ["a"] * 4, ["b"] * 4]
+
+
+def test_a_group_moves_when_its_engine_is_full_gone_or_far_busier() -> None:
     async def scenario() -> None:
-        engines = [FakeEngine(VOCAB), FakeEngine(VOCAB)]
-        for engine in engines:
-            engine.hold(lambda _: 1)
-        config = small_config(batch__group_size=4, rollout__max_lag_steps=1)
-        async with world(tmp_path, config, engines) as w:
-            await w.trainer.attach()
-            await w.until(lambda: len(w.controller.parts.fleet.engines) == 2)
-            gates = [engine.hold_updates() for engine in engines]
-            await w.trainer.publish(0)
-            for engine in engines:
-                await engine.until(lambda e=engine: ("/pause_generation", {"mode": "abort"}) in e.calls)  # type: ignore[misc]
-            for gate in gates:
-                gate.set()
-            await w.until(lambda: w.controller.parts.fleet.in_flight == 16)
-            for engine in engines:
-                await engine.release()
-            for step in range(2):
-                await w.trainer.lease(step)
-            placed = [{body["rid"].split(".")[2] for body in engine.requests} for engine in engines]
-            assert all(placed), "both engines work"
-            assert len(placed[0] & placed[1]) <= 1, "a group shares the prefix cache of one engine"
+        fleet = make_fleet(slots=3)
+        assert [(await fleet.acquire(7)).url for _ in range(5)] == ["a", "a", "a", "b", "b"], "a is full"
+
+        fleet = make_fleet(slots=64)
+        first = await fleet.acquire(7)
+        fleet.set_state(first, EngineState.QUARANTINED)
+        assert (await fleet.acquire(7)).url == "b"
+
+        fleet = make_fleet(slots=64)
+        first = await fleet.acquire(7)
+        first.in_flight = 5
+        assert (await fleet.acquire(7)).url == "b", "five requests more than on the other"
 
     run_async(scenario())
+
+
+def test_slots_go_to_the_oldest_group_and_those_of_cancelled_requests_to_the_next() -> None:
+    async def scenario() -> list[int]:
+        fleet, got = make_fleet(slots=1), []
+        busy = [await fleet.acquire(0), await fleet.acquire(0)]
+
+        async def wait(group: int) -> None:
+            await fleet.acquire(group)
+            got.append(group)
+
+        waiting = {group: asyncio.create_task(wait(group)) for group in (9, 3, 5)}
+        await asyncio.sleep(0)
+        waiting[3].cancel()
+        for engine in busy:
+            fleet.release(engine)
+        await asyncio.gather(*waiting.values(), return_exceptions=True)
+        return got
+
+    assert run_async(scenario()) == [5, 9]
