@@ -27,7 +27,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 FAST := not slow and not sglang and not gpu and not multihost
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test check coverage lattice test-megatron-latest sglang-env test-sglang smollm2 test-slow chaos gpu-smoke docs clean
+.PHONY: help setup quickstart test test-async check coverage lattice test-megatron-latest sglang-env test-sglang smollm2 test-slow chaos gpu-smoke docs clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,15 @@ quickstart: $(RUN_STAMP)  ## train a small model by asynchronous RL on this mach
 # Files in order of collection: by number of tests, those of whole runs would come last and one core would wait.
 test: setup  ## the fast tests
 	$(ONE_THREAD) $(BIN)/python -m pytest -m "$(FAST)" -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+
+# Controller, fleet, journal, clients, the embedded engine's scheduler, supervised processes, reward workers.
+ASYNC_TESTS := tests/rollout tests/engine/test_engine_scheduler.py tests/engine/test_engine_updates.py \
+  tests/launch/test_children.py tests/tasks/test_reward_workers.py tests/benchmarks/test_async_speedup.py
+ASYNC_TIMES ?= 20
+
+test-async: setup  ## the asynchronous part of the fast tests, 20 times in a row while every core is busy
+	$(ONE_THREAD) $(BIN)/python tools/repeat_under_load.py --times $(ASYNC_TIMES) -- \
+	  $(BIN)/python -m pytest -q -m "$(FAST)" $(ASYNC_TESTS) $(PYTEST_ARGS)
 
 check: setup  ## formatting, lints, types, layers
 	$(BIN)/ruff format --check .
