@@ -175,7 +175,7 @@ class _Parts:
 
     def add(self, answer: Answer) -> None:
         offset = len(self.ids)
-        self.ids = self.ids + answer.ids
+        self.ids = self.ids + answer.ids if offset else answer.ids  # never in place: a request may hold them
         if self._logprobs is not None and answer.logprobs is not None:
             self._logprobs += answer.logprobs
         for span in answer.versions:
