@@ -176,6 +176,7 @@ class Syncer:
         log.warning("engine %s waits for weights: %s", engine.url, error)
         engine.weights, engine.last_error = None, str(error)
         self._fleet.set_state(engine, EngineState.SYNCING)
+        self._bell.ring()  # it was syncing before
         await self._bell.until(lambda: self._targets.current != target, self._options.backoff_s * 2)
 
     async def _watch(self, engine: Engine) -> None:
@@ -234,15 +235,20 @@ class Syncer:
             try:
                 await client.pause(mode)
                 await transfer.run(label, flush_cache=flush_cache)
+                await self._go_on(engine, row)
             finally:
                 await transfer.close()
         else:
             await client.pause(mode)
             await client.update_weights(row.path, label, flush_cache=flush_cache, timeout_s=options.timeout_s)
-        _check_label(engine, row, await client.weight_label(attempts=3))
-        await client.resume()
+            await self._go_on(engine, row)
+
+    async def _go_on(self, engine: Engine, row: VersionRow) -> None:
+        """After an update: verify, continue."""
+        _check_label(engine, row, await engine.client.weight_label(attempts=3))
+        await engine.client.resume()
         if engine.quarantines:  # no requests for one that would hang again
-            await client.check_generates(options.silence_s / 2)
+            await engine.client.check_generates(self._options.silence_s / 2)
 
     async def _files_good(self, row: VersionRow) -> bool:
         """Verify a version once, before any engine reads it; False when it is bad, but no longer wanted.

@@ -34,6 +34,12 @@ class _Channel:
     group: WeightGroup | None = None
     problem: str = ""
 
+    def end(self) -> None:
+        """Give the group up, whatever it is doing."""
+        group, self.group = self.group, None
+        if group is not None:
+            group.abort()
+
 
 class WeightSender:
     """Keeps published versions in spools and broadcasts their buckets.
@@ -121,8 +127,8 @@ class WeightSender:
     def leave(self, request: protocol.LeaveGroupRequest) -> None:
         """End a group, whatever it is doing; an unknown one is no error."""
         channel = self._channels.pop(request.group, None)
-        if channel is not None and channel.group is not None:
-            channel.group.abort()
+        if channel is not None:  # gloo takes its time to end a group; the engine shall not wait for that
+            threading.Thread(target=channel.end, name=f"end {request.group}", daemon=True).start()
 
     def _meet(self, request: protocol.JoinGroupRequest, channel: _Channel) -> None:
         try:

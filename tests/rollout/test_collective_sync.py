@@ -1,10 +1,12 @@
-"""The controller brings weights from a sender's memory to embedded engines; the sender goes, an engine hangs."""
+"""The controller brings weights that lie with a trainer to embedded engines; the trainer goes, an engine hangs."""
 
 import asyncio
 import contextlib
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 from rollout_world import FakeCodec, FakeTask, World, run_async, small_config, world
 from safetensors.torch import load_file
@@ -12,8 +14,10 @@ from test_embedded_engine import AnyEngine
 
 from asympo_megatron import protocol
 from asympo_megatron.engine import EngineOptions
+from asympo_megatron.errors import ControllerError
 from asympo_megatron.rollout.fleet import EngineState
 from asympo_megatron.sync.sender import WeightSender
+from asympo_megatron.sync.sharer import WeightSharer
 from asympo_megatron.testing.engine_server import engine_server
 from asympo_megatron.testing.tiny_model import EOS_ID, VOCAB_SIZE, make_tiny_model
 
@@ -24,7 +28,15 @@ def make_task() -> FakeTask:
     return task
 
 
-async def publish(w: World, sender: WeightSender, step: int, weights: dict[str, torch.Tensor]) -> bool:
+def broadcasting() -> WeightSender:
+    return WeightSender("127.0.0.1", None, "gloo", 50_000, 5.0)
+
+
+def sharing() -> WeightSharer:
+    return WeightSharer(None, 50_000)
+
+
+async def publish(w: World, sender: WeightSender | WeightSharer, step: int, weights: dict[str, torch.Tensor]) -> bool:
     """As the trainer does it; returns whether the weights were needed."""
     name = f"weights-{step}"
     asked = protocol.VersionRequest(w.trainer.incarnation, step, name)
@@ -36,13 +48,16 @@ async def publish(w: World, sender: WeightSender, step: int, weights: dict[str, 
     return version.needed
 
 
-def test_a_lost_sender_is_waited_for_and_blames_no_engine(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("make", "first_call"), [(broadcasting, "/join"), (sharing, "/open")])
+def test_a_lost_sender_is_waited_for_and_blames_no_engine(
+    tmp_path: Path, make: Callable[[], WeightSender | WeightSharer], first_call: str
+) -> None:
     torch.set_num_threads(1)
     model = make_tiny_model(tmp_path / "model")
     weights = load_file(model / "model.safetensors")
 
     async def scenario(url: str) -> None:
-        first = WeightSender("127.0.0.1", None, "gloo", 50_000, 5.0)
+        first = make()
         async with world(tmp_path / "run", small_config(), [AnyEngine(url)], task=make_task()) as w:  # type: ignore[list-item]
             engine = w.controller.parts.fleet.engines[url]
             await w.trainer.attach()
@@ -51,16 +66,16 @@ def test_a_lost_sender_is_waited_for_and_blames_no_engine(tmp_path: Path) -> Non
             assert not await publish(w, first, 0, weights), "the engines hold them"
 
             # a version whose sender has gone: the engine waits, is not quarantined, and serves nothing meanwhile
-            gone = WeightSender("127.0.0.1", None, "gloo", 50_000, 5.0)
+            gone = make()
             gone.close()
             await publish(w, gone, 1, weights)
             await w.until(lambda: engine.weights is None)
             assert engine.state is EngineState.SYNCING
-            assert "did not answer /join" in engine.last_error
+            assert f"did not answer {first_call}" in engine.last_error
             assert engine.quarantines == 0
 
             # the next trainer publishes the same step again, under a new version
-            second = WeightSender("127.0.0.1", None, "gloo", 50_000, 5.0)
+            second = make()
             await w.trainer.attach(1)
             assert await publish(w, second, 1, weights)
             await w.until(lambda: engine.serving and engine.weights is not None and engine.weights.version == 2)
@@ -101,3 +116,18 @@ def test_a_hung_engine_delays_no_other(tmp_path: Path) -> None:
             run_async(scenario(url))
     finally:
         hung.close()
+
+
+def test_memory_is_not_shared_with_an_engine_elsewhere(tmp_path: Path) -> None:
+    """Neither one of the configuration (a test of the configuration holds that) nor one that joins later."""
+    config = small_config(sync__transport="colocated")
+
+    async def scenario() -> None:
+        async with world(tmp_path / "run", config, [], task=make_task()) as w:
+            with pytest.raises(
+                ControllerError, match=r"10\.0\.0\.7:30000 is not on a loopback address: .* or collective"
+            ):
+                w.controller.join_engine("http://10.0.0.7:30000")
+            assert not w.controller.parts.fleet.engines
+
+    run_async(scenario())
