@@ -262,7 +262,7 @@ def peak_above(call: Callable[[], object]) -> int:
     finally:
         done.set()
         watcher.join()
-    return peak - before
+    return max(peak, held_bytes()) - before
 
 
 def held_bytes() -> int:

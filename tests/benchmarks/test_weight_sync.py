@@ -79,8 +79,8 @@ def test_a_transport_that_holds_a_whole_version_is_noticed(world, weights, way):
     hoard = []
 
     def gathered(keep):
-        """Four times the model, one tensor after the other; a mutant keeps them all."""
-        for copy in range(4):
+        """Eight times the model, one tensor after the other; a mutant keeps them all."""
+        for copy in range(8):
             for name, tensor in weights.items():
                 given = tensor.clone()
                 if keep:
@@ -89,7 +89,7 @@ def test_a_transport_that_holds_a_whole_version_is_noticed(world, weights, way):
                 del given
 
     try:
-        whole = 4 * weight_sync.total_bytes(weights)
+        whole = 8 * weight_sync.total_bytes(weights)
         assert weight_sync.peak_above(lambda: transport.store(1, 1, gathered(False), "checksum")) < whole / 2
         assert weight_sync.peak_above(lambda: transport.store(2, 2, gathered(True), "checksum")) > 0.9 * whole
     finally:
