@@ -5,9 +5,10 @@
 Four scripted engines (load_engine.py), each a process, answer over HTTP after a log-normal time; prompts of 128 tokens,
 answers of 512.
 
-- Client: CPU of a request through requester, fleet and engine client (slots, affinity, request ids, deadlines, checks
-  of the answer, weight versions), against a loop that only posts and reads: orjson both ways, the same session options,
-  a fixed number of tasks. 20 interleaved pairs; a stretch is measured while every slot is taken.
+- Client (load_clients.py): CPU of a request through requester, fleet and engine client (slots, affinity, request ids,
+  deadlines, checks of the answer, weight versions), against a loop that only posts and reads: orjson both ways, the
+  same session options, a fixed number of tasks. 20 interleaved pairs; a stretch is measured while every slot is taken.
+  Between the two, without a goal: the engine client alone, without slots, affinity and lag rule.
 - Controller: a whole run of 200,000 requests, with journal, rewards, leases and a weight update a step, and a learner
   that takes no time. Occupancy is what the engines counted; memory is a line through the process's resident size.
 
@@ -22,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,26 +31,26 @@ import aiohttp
 import harness
 import numpy as np
 import orjson
-from scripted_run import VOCABULARY, CoinScorer, CountingTask, Learner, make_config
+from load_clients import (
+    GROUP_SIZE,
+    PARAMS,
+    PROMPT_TOKENS,
+    RESPONSE_TOKENS,
+    Sample,
+    bare_client,
+    checking_client,
+    our_client,
+    stretch,
+)
+from scripted_run import CoinScorer, CountingTask, Learner, make_config
 
 from asympo_megatron.rollout import build_controller
-from asympo_megatron.rollout.admission import LagRule
-from asympo_megatron.rollout.answer import SamplingParams
-from asympo_megatron.rollout.bell import Bell
-from asympo_megatron.rollout.client import EngineClient
-from asympo_megatron.rollout.fleet import Engine, EngineState, Fleet
-from asympo_megatron.rollout.requester import Draft, Requester
-from asympo_megatron.rollout.rows import VersionRow
 
-ENGINES, GROUP_SIZE = 4, 8
-PROMPT_TOKENS, RESPONSE_TOKENS = 128, 512
+ENGINES = 4
 MAX_LAG_STEPS = 8
 EDGE_STEPS = 12
 """At both ends of the whole run, not measured: slots fill, admission ends."""
 GOAL_CLIENT, GOAL_OCCUPANCY, GOAL_BYTES = 1.3, 0.97, 64.0
-PARAMS = SamplingParams(1024, 1.0, 1.0, -1, [1])
-Sample = Callable[[int], Awaitable[object]]
-"""Sample a response for task k."""
 
 
 @dataclass(frozen=True)
@@ -91,104 +92,44 @@ def engines(median_s: float, sigma: float, cap_s: float) -> Iterator[list[str]]:
             process.wait()
 
 
-async def stretch(sample: Sample, tasks: int, in_flight: int, count: int) -> float:
-    """CPU seconds of ``count`` requests in the midst of a steady stream of ``tasks`` tasks."""
-    done, marks = 0, []
-
-    async def work(task: int) -> None:
-        nonlocal done
-        while len(marks) < 2:
-            await sample(task)
-            done += 1
-            if done in (in_flight, in_flight + count):
-                marks.append(time.process_time())
-
-    await asyncio.gather(*(work(task) for task in range(tasks)))
-    return marks[1] - marks[0]
-
-
-@contextlib.asynccontextmanager
-async def our_client(urls: list[str], size: Size) -> AsyncIterator[Sample]:
-    """The path of a request through the controller, without the groups around it."""
-    bell, weights = Bell(), VersionRow(0, 0, 1, "weights-0", "weights/0")
-    fleet = Fleet(size.slots, GROUP_SIZE, bell)
-    for url in urls:
-        client = EngineClient(url, None, request_timeout_s=600.0, control_timeout_s=60.0)
-        fleet.engines[url] = Engine(url, client, EngineState.SERVING, weights)
-        await client.update_weights(weights.path, str(weights.version), flush_cache=False, timeout_s=60.0)
-    rule = LagRule(1 << 20, 1, 1 << 20)
-
-    def may_sample(group: int) -> bool:
-        step = fleet.step
-        return step is not None and rule.may_sample(step, group)
-
-    requester = Requester(fleet, bell, may_sample, {0}, VOCABULARY, lambda: ("load.", 1), logprobs=False)
-    numbers = itertools.count()
-    prompt_ids = CountingTask(PROMPT_TOKENS).train_prompt(0).ids
-
-    async def sample(_: int) -> None:
-        group, row = divmod(next(numbers), GROUP_SIZE)
-        await requester.sample(Draft(group, f"{group:09d}", row, prompt_ids, PARAMS))
-        if row == GROUP_SIZE - 1:
-            fleet.forget_group(group)
-
-    yield sample
-    for engine in fleet.engines.values():
-        await engine.client.close()
-
-
-@contextlib.asynccontextmanager
-async def bare_client(urls: list[str]) -> AsyncIterator[Sample]:
-    """Post, read, nothing else; with the session options of our client."""
-    session = aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0),
-        cookie_jar=aiohttp.DummyCookieJar(),
-        timeout=aiohttp.ClientTimeout(total=None),
-        headers={"Content-Type": "application/json"},
-        skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding"),
-    )
-    addresses = [url + "/generate" for url in urls]
-    params = {"max_new_tokens": PARAMS.max_new_tokens, "temperature": 1.0, "top_p": 1.0, "top_k": -1}
-    prompt_ids = CountingTask(PROMPT_TOKENS).train_prompt(0).ids
-
-    async def sample(task: int) -> None:
-        body = {"rid": str(task), "input_ids": prompt_ids, "sampling_params": params}
-        async with session.post(addresses[task % ENGINES], data=orjson.dumps(body)) as reply:
-            answer = orjson.loads(await reply.read())
-        assert len(answer["output_ids"]) == RESPONSE_TOKENS
-
-    async with session:
-        yield sample
-
-
 def compare_clients(report: harness.Report, size: Size) -> None:
-    """Interleaved pairs of the two clients on the same engines."""
+    """Interleaved stretches of the clients on the same engines."""
 
     async def measure(context: contextlib.AbstractAsyncContextManager[Sample], tasks: int) -> float:
         async with context as sample:
             return await stretch(sample, tasks, size.in_flight, size.measured)
 
     def ours() -> float:  # some more tasks than slots: in a run, requests always wait for one
-        return asyncio.run(measure(our_client(urls, size), size.in_flight + size.in_flight // 8))
+        return asyncio.run(measure(our_client(urls, size.slots), size.in_flight + size.in_flight // 8))
 
-    def theirs() -> float:
+    def checking() -> float:
+        return asyncio.run(measure(checking_client(urls), size.in_flight))
+
+    def bare() -> float:
         return asyncio.run(measure(bare_client(urls), size.in_flight))
 
-    seconds: tuple[list[float], list[float]] = ([], [])
+    seconds: dict[Callable[[], float], list[float]] = {ours: [], checking: [], bare: []}
+    orders = list(itertools.permutations(seconds))
     with engines(size.pair_median_s, 0.6, 4 * size.pair_median_s) as urls:
         for pair in range(harness.MIN_PAIRS):
-            for which in (0, 1) if pair % 2 == 0 else (1, 0):
-                seconds[which].append((ours, theirs)[which]())
-    pairs = harness.Pairs(tuple(seconds[0]), tuple(seconds[1]))
-    low, high = pairs.quartiles
-    facts = {
-        "in_flight": size.in_flight,
-        "pairs": harness.MIN_PAIRS,
-        "quartiles": [round(low, 3), round(high, 3)],
-        "ours_ms": round(1e3 * float(np.median(seconds[0])) / size.measured, 4),
-        "bare_ms": round(1e3 * float(np.median(seconds[1])) / size.measured, 4),
-    }
-    report.at_most("controller_load/client_cpu", pairs.ratio, "x bare aiohttp", GOAL_CLIENT, **facts)
+            for which in orders[pair % len(orders)]:
+                seconds[which].append(which())
+
+    def facts(which: Callable[[], float]) -> tuple[float, dict[str, object]]:
+        pairs = harness.Pairs(tuple(seconds[which]), tuple(seconds[bare]))
+        low, high = pairs.quartiles
+        return pairs.ratio, {
+            "in_flight": size.in_flight,
+            "pairs": harness.MIN_PAIRS,
+            "quartiles": [round(low, 3), round(high, 3)],
+            "ours_ms": round(1e3 * float(np.median(seconds[which])) / size.measured, 4),
+            "bare_ms": round(1e3 * float(np.median(seconds[bare])) / size.measured, 4),
+        }
+
+    ratio, known = facts(ours)
+    report.at_most("controller_load/client_cpu", ratio, "x bare aiohttp", GOAL_CLIENT, **known)
+    ratio, known = facts(checking)
+    report.show("controller_load/engine_client_alone_cpu", ratio, "x bare aiohttp", **known)
 
 
 @dataclass(frozen=True)
