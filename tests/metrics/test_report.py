@@ -191,6 +191,17 @@ def test_an_accuracy_comes_with_its_standard_error(page):
     assert "<td>28.0% ± 2.8%</td><td>256</td>" in page  # sqrt(0.28 * 0.72 / 256)
 
 
+def test_rewards_that_are_no_shares_of_right_answers(tmp_path):
+    run_dir = write_run(tmp_path, steps=50)
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        for step, reward in ((0, -0.25), (50, 318.5)):
+            file.write(json.dumps({"step": step, "incarnation": 1, "eval/accuracy": reward, "eval/step": step}) + "\n")
+    page = write_report(run_dir).read_text()
+    assert "Sampled held-out reward rose from -0.250 at step 0 to 318.500 at step 50" in page
+    assert "<th>held-out reward</th>" in page
+    assert "held-out accuracy" not in page
+
+
 def test_a_slow_first_step_does_not_flatten_the_others(tmp_path):
     run_dir = write_run(tmp_path, steps=80)
     rows = read_rows(run_dir / "metrics.jsonl")

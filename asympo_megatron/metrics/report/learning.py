@@ -37,11 +37,11 @@ def headline(run: RunData) -> Plot | None:
                 color=BLUE,
                 linewidth=2.2,
                 markersize=5,
-                label="held-out accuracy",
+                label=f"held-out {run.scored}",
             )
             for index, offset in ((0, (6, -13)), (-1, (-4, -15))):
                 axes.annotate(
-                    f"{accuracy.values[index]:.1%}",
+                    run.score(accuracy.values[index]),
                     (accuracy.steps[index], accuracy.values[index]),
                     xytext=offset,
                     textcoords="offset points",
@@ -58,14 +58,14 @@ def headline(run: RunData) -> Plot | None:
         if values.min() >= 0 and values.max() <= 1:
             axes.set_ylim(0, 1.02)
             axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-        axes.set_ylabel("reward, accuracy")
+        axes.set_ylabel("reward, accuracy" if run.scored == "accuracy" else "reward")
         steps_axis(axes)
         legend(axes)
         caption = (
-            "Held-out accuracy: sampled answers to prompts never trained on, at one fixed weight version. "
+            f"Held-out {run.scored}: sampled answers to prompts never trained on, at one fixed weight version. "
             "Training reward: the responses of each step, which older weights sampled."
         )
-        return Plot("Reward and held-out accuracy", caption, to_svg(figure), wide=True)
+        return Plot(f"Reward and held-out {run.scored}", caption, to_svg(figure), wide=True)
 
 
 def nll(run: RunData) -> Plot | None:

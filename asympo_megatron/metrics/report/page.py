@@ -65,13 +65,14 @@ def _evaluations(run: RunData) -> str:
     found = [row for row in run.rows if row.get("eval/accuracy") is not None]
     if not found:
         return ""
-    once = run.config.rollout.eval.samples_per_prompt == 1
+    right = run.scored == "accuracy" and run.config.rollout.eval.samples_per_prompt == 1
     cells = "".join(
-        f"<tr><td>{row['eval/step']}</td><td>{row['eval/accuracy']:.1%}{_error(row) if once else ''}</td>"
+        f"<tr><td>{row['eval/step']}</td><td>{run.score(row['eval/accuracy'])}{_error(row) if right else ''}</td>"
         f"<td>{row.get('eval/responses', '')}</td></tr>"
         for row in found
     )
-    head = "<tr><th>step</th><th>held-out accuracy ± std. error</th><th>responses</th></tr>"
+    name = f"held-out {run.scored}{' ± std. error' if right else ''}"
+    head = f"<tr><th>step</th><th>{name}</th><th>responses</th></tr>"
     return f"<table>{head}{cells}</table>"
 
 

@@ -60,6 +60,16 @@ class RunData:
         return series(self.rows if not name.startswith(silent) else (), name)
 
     @property
+    def scored(self) -> str:
+        """What an evaluation's mean reward is: an accuracy only where rewards lie between 0 and 1."""
+        values = self.series("eval/accuracy").values
+        return "accuracy" if ((values >= 0) & (values <= 1)).all() else "reward"
+
+    def score(self, value: float) -> str:
+        """A mean reward of an evaluation as it is read."""
+        return f"{value:.1%}" if self.scored == "accuracy" else f"{value:.3f}"
+
+    @property
     def steps_done(self) -> int:
         return int(self.rows[-1]["step"])
 

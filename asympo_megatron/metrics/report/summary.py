@@ -52,12 +52,13 @@ def _outcome(run: RunData) -> str:
     accuracy = run.series("eval/accuracy")
     if len(accuracy.steps) > 1:
         text += (
-            f" Sampled held-out accuracy {_verb(accuracy.first, accuracy.last)} from {accuracy.first:.1%} at step "
-            f"{accuracy.steps[0]} to {accuracy.last:.1%} at step {accuracy.steps[-1]}"
+            f" Sampled held-out {run.scored} {_verb(accuracy.first, accuracy.last)} "
+            f"from {run.score(accuracy.first)} at step {accuracy.steps[0]} "
+            f"to {run.score(accuracy.last)} at step {accuracy.steps[-1]}"
         )
         best = int(accuracy.values.argmax())
         if accuracy.values[best] > accuracy.last + 0.01:
-            text += f", after a best of {accuracy.values[best]:.1%} at step {accuracy.steps[best]}"
+            text += f", after a best of {run.score(accuracy.values[best])} at step {accuracy.steps[best]}"
         text += "."
     reward = run.series("reward/mean")
     if len(reward.steps) >= 2 * _ENDS:
@@ -138,7 +139,7 @@ def tiles(run: RunData) -> Iterator[tuple[str, str, str]]:
     """The largest figures: label, value, remark."""
     accuracy = run.series("eval/accuracy")
     if accuracy:
-        yield "held-out accuracy", f"{accuracy.last:.1%}", f"from {accuracy.first:.1%}, sampled"
+        yield f"held-out {run.scored}", run.score(accuracy.last), f"from {run.score(accuracy.first)}, sampled"
     loss = run.series("train/loss")
     if not run.is_rl and loss:
         yield "loss", f"{loss.last:.3f}", f"from {loss.first:.3f} nats per token"
