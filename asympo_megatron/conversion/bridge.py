@@ -17,7 +17,7 @@ SOURCE_WEIGHTS = "*.safetensors"
 
 def needs_bridge(hf_config: Mapping[str, Any]) -> bool:
     """Whether ``conversion.names`` has no table for this model."""
-    return hf_config.get("model_type") not in LAYERS
+    return str(hf_config.get("model_type")) not in LAYERS
 
 
 def import_checkpoint(hf_config: Mapping[str, Any], source: Path, target: Path) -> None:

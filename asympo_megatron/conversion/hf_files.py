@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from asympo_megatron.conversion.names import EMBEDDING, HEAD
 from asympo_megatron.errors import CheckpointError
 from asympo_megatron.sync.shard_file import DTYPES as SAFETENSORS_DTYPES
 
@@ -44,20 +45,26 @@ class HFFiles:
         """Exactly the wanted tensors are there; of a tied output layer a copy may be.
 
         Raises:
-            CheckpointError: tensors are missing, or there is no place for them.
+            CheckpointError: tensors are missing, there is no place for them, or that copy is none.
         """
         wanted = set(wanted)
+        (embedding,), (head,) = EMBEDDING.hf, HEAD.hf
         missing = sorted(wanted - set(self.files))
         if missing:
             raise CheckpointError(
                 f"{self.directory}: the safetensors lack {len(missing)} tensor(s) of the model, e.g. {missing[0]}."
             )
-        ignored = {"lm_head.weight"} if tied else set()
+        ignored = {head} if tied else set()
         unknown = sorted(name for name in self.files if name not in wanted | ignored and not name.endswith(_DERIVED))
         if unknown:
             raise CheckpointError(
                 f"{self.directory}: the safetensors hold {len(unknown)} tensor(s) that config.json has no place for, "
                 f"e.g. {unknown[0]}."
+            )
+        if tied and head in self.files and not torch.equal(self.read(head), self.read(embedding)):
+            raise CheckpointError(
+                f"{self.directory}: config.json ties the embeddings (tie_word_embeddings), but {head} differs from "
+                f"{embedding}. Correct the one that is wrong."
             )
 
     def read(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:

@@ -1,7 +1,7 @@
 """Where each parameter lies in a Megatron checkpoint (``torch_dist``): its key, and its place in a stack of layers."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ from asympo_megatron.mcore.model import build_chunks, unwrap
 from asympo_megatron.mcore.model_config import plan_model
 from asympo_megatron.mcore.shards import shards
 from asympo_megatron.parallel import SINGLE
+
+_LAYERS = "decoder.layers."
 
 
 @dataclass(frozen=True)
@@ -36,10 +38,9 @@ class Place:
 
     def key_of_single_layer(self) -> tuple[str, tuple[int, ...]] | None:
         """Key and remaining index where layers are kept apart (``non_homogeneous_layers``)."""
-        head = "decoder.layers."
-        if not self.stack or not self.key.startswith(head):
+        if not self.stack or not self.key.startswith(_LAYERS):
             return None
-        return f"{head}{self.stack[0]}.{self.key.removeprefix(head)}", self.stack[1:]
+        return f"{_LAYERS}{self.stack[0]}.{self.key.removeprefix(_LAYERS)}", self.stack[1:]
 
 
 def find_places(config: Config, hf_config: Mapping[str, Any]) -> list[Place]:
@@ -52,18 +53,33 @@ def find_places(config: Config, hf_config: Mapping[str, Any]) -> list[Place]:
     initialize(alone)
     try:
         plan = plan_model(alone, hf_config)
+        facts = plan.facts
+        alike = facts.moe is None or not facts.moe.dense_layers
+        if alike:  # layers differ in their number alone: one stands for all
+            plan.transformer.num_layers = 1
         with torch.device("meta"):
             (chunk,) = build_chunks(plan, 1.0, SINGLE)
-        names = [shard.name for shard in shards([chunk], plan.facts.vocab_size) if not shard.is_copy]
+        names = [shard.name for shard in shards([chunk], facts.vocab_size) if not shard.is_copy]
         model = unwrap(chunk)
-        local_names = [
-            name for name, _ in model.named_parameters() if name != "output_layer.weight" or not plan.facts.tied
-        ]
+        local_names = [name for name, _ in model.named_parameters() if name != "output_layer.weight" or not facts.tied]
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         state = model.sharded_state_dict(metadata={"singleton_local_shards": False, "dp_cp_group": group})
-        return [_place(name, state[local]) for name, local in zip(names, local_names, strict=True)]
+        places = [_place(name, state[local]) for name, local in zip(names, local_names, strict=True)]
+        return [each for place in places for each in (_in_every_layer(place, facts.num_layers) if alike else [place])]
     finally:
         shutdown()
+
+
+def _in_every_layer(place: Place, count: int) -> list[Place]:
+    """The place of a parameter of the only layer, in all layers of a stack."""
+    if not place.name.startswith(_LAYERS):
+        return [place]
+    assert place.stack_shape[0] == 1, place
+    name, stack_shape = place.name.removeprefix(f"{_LAYERS}0."), (count, *place.stack_shape[1:])
+    return [
+        replace(place, name=f"{_LAYERS}{number}.{name}", stack=(number, *place.stack[1:]), stack_shape=stack_shape)
+        for number in range(count)
+    ]
 
 
 def _place(name: str, entry: Any) -> Place:

@@ -9,14 +9,14 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, LoadPlan, SavePlan
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, create_default_global_save_plan
+from torch.distributed.checkpoint import FileSystemWriter, SavePlan
+from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -24,21 +24,19 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import (
-    ReadItem,
-    SavePlanner,
-    TensorWriteData,
-    WriteItem,
-    WriteItemType,
-)
+from torch.distributed.checkpoint.planner import ReadItem, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.checkpoint.utils import _create_file_view
+from torch.serialization import get_crc32_options, set_crc32_options
 
 from asympo_megatron.conversion.places import Place
 from asympo_megatron.conversion.plain_pickle import UnsafePickleError, load_arguments, load_metadata
 from asympo_megatron.errors import CheckpointError
+from asympo_megatron.files import Flusher
 from asympo_megatron.mcore.shards import VOCABULARY
 
-METADATA, CONFIG, COMMON = ".metadata", "metadata.json", "common.pt"
+METADATA, CONFIG, COMMON, DATA = ".metadata", "metadata.json", "common.pt", "__0_0.distcp"
 SHARED_STATE = "common_state/shard_0_1"
 """What ``common.pt`` holds, as Megatron-Core 0.19 keeps it: a pickle among the tensors."""
 
@@ -60,8 +58,6 @@ class TorchDistFiles:
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
         self._metadata = self._read_metadata()
-        self._reader = FileSystemReader(self.directory)
-        self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
 
     def read(self, place: Place) -> Tensor:
         """One whole parameter, without vocabulary padding.
@@ -82,13 +78,26 @@ class TorchDistFiles:
         box = ChunkStorageMetadata(
             torch.Size([*stack, *[0] * len(place.shape)]), torch.Size([1] * axes + [*place.shape])
         )
-        whole = torch.empty(tuple(box.sizes), dtype=described.properties.dtype)
         items = create_read_items_for_chunk_list(key, described, [box])
-        if sum(math.prod(item.lengths) for item in items) != whole.numel():
+        if sum(math.prod(item.lengths) for item in items) != math.prod(box.sizes):
             raise CheckpointError(f"{self.directory}: {key} is not complete: shards of it are missing. Save it again.")
         with self._readable(key):
-            self._reader.read_data(LoadPlan(items), _Into(whole))
+            if len(items) == 1:
+                return self._stored(items[0]).reshape(place.shape)
+            whole = torch.empty(tuple(box.sizes), dtype=described.properties.dtype)
+            for item in items:
+                region = zip(item.dest_offsets, item.lengths, strict=True)
+                whole[tuple(slice(start, start + length) for start, length in region)] = self._stored(item)
         return whole.reshape(place.shape)
+
+    def _stored(self, item: ReadItem) -> Tensor:
+        """A region of one stored tensor."""
+        place = self._metadata.storage_data[item.storage_index]
+        with (self.directory / place.relative_path).open("rb") as stream:
+            part = cast(BinaryIO, _create_file_view(stream, place.offset, place.length))
+            tensor: Tensor = torch.load(part, map_location="cpu", weights_only=True)
+        region = zip(item.storage_offsets, item.lengths, strict=True)
+        return tensor[tuple(slice(start, start + length) for start, length in region)]
 
     def arguments(self) -> dict[str, Any]:
         """Training arguments that Megatron-LM stored, read without importing a class of theirs; empty if none are.
@@ -146,7 +155,9 @@ class TorchDistFiles:
             )
         try:
             metadata = load_metadata(self.directory / METADATA)
-            stored = {str(info.relative_path) for info in metadata.storage_data.values()}
+            stored = {_described(place) for place in metadata.storage_data.values()}
+            for entry in metadata.state_dict_metadata.values():
+                _check_entry(entry)
         except UnsafePickleError as error:
             raise CheckpointError(f"{self.directory / METADATA} is refused: {error}") from error
         except Exception as error:  # of whatever kind: a damaged pickle raises many
@@ -168,19 +179,19 @@ class TorchDistFiles:
             ) from error
 
 
-class _Into(DefaultLoadPlanner):
-    """Puts what is read into one tensor."""
+def _described(place: Any) -> str:
+    """The file of a stored tensor or object."""
+    if not (type(place.offset) is type(place.length) is int and place.offset >= 0 <= place.length):
+        raise ValueError(f"a place from {place.offset!r} of {place.length!r} bytes")
+    return str(place.relative_path)
 
-    def __init__(self, whole: Tensor) -> None:
-        super().__init__()
-        self._whole = whole
 
-    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        box = zip(read_item.dest_offsets, read_item.lengths, strict=True)
-        return self._whole[tuple(slice(start, start + length) for start, length in box)]
-
-    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        pass
+def _check_entry(entry: Any) -> None:
+    """An unpickled description has all of its attributes."""
+    if isinstance(entry, TensorStorageMetadata):
+        boxes = [entry.size, *(box for chunk in entry.chunks for box in (chunk.offsets, chunk.sizes))]
+        if not isinstance(entry.properties.dtype, torch.dtype) or {len(box) for box in boxes} != {len(entry.size)}:
+            raise ValueError("a tensor without a shape or dtype")
 
 
 def write_torch_dist(
@@ -194,12 +205,16 @@ def write_torch_dist(
         read: parameter number i, called once each, in order.
     """
     items = [_write_item(place, dtype) for place, dtype in zip(places, dtypes, strict=True)]
-    writer = _Writer(directory, single_file_per_rank=True, sync_files=True, thread_count=1)
-    writer.set_up_storage_writer(is_coordinator=True)
-    plans, metadata = create_default_global_save_plan([SavePlan(items)])
-    (plan,) = writer.prepare_global_plan([writer.prepare_local_plan(plans[0])])
-    results = writer.write_data(plan, _Lazy({item.index: number for number, item in enumerate(items)}, read))
-    writer.finish(metadata, [results.value()])
+    _, metadata = create_default_global_save_plan([SavePlan(items)])
+    results = []
+    with (directory / DATA).open("wb") as stream, Flusher(stream) as flusher, _without_crc():
+        for number, item in enumerate(items):
+            start = stream.tell()
+            torch.save(_alone(read(number)).reshape(_sizes(item)), stream)
+            length = stream.tell() - start
+            results.append(WriteResult(item.index, length, _StorageInfo(DATA, start, length)))
+            flusher.wrote(length)
+    _Writer(directory).finish(metadata, [results])
     torch.save({}, directory / COMMON)
     (directory / CONFIG).write_text(json.dumps(_CONFIG))
 
@@ -207,6 +222,30 @@ def write_torch_dist(
 class _Writer(FileSystemWriter):
     def storage_meta(self) -> None:
         """None: it would keep the temporary name of the directory."""
+
+
+@contextmanager
+def _without_crc() -> Iterator[None]:
+    """torch.load never looks at the checksums that torch.save computes."""
+    before = get_crc32_options()
+    set_crc32_options(False)
+    try:
+        yield
+    finally:
+        set_crc32_options(before)
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """The same memory as a storage of its own: torch.save writes whole storages, and this one may be a mapped file."""
+    if tensor.untyped_storage().nbytes() == tensor.nbytes:
+        return tensor
+    flat = tensor.contiguous().reshape(-1)
+    return torch.frombuffer(flat.view(torch.uint8).numpy(), dtype=tensor.dtype)
+
+
+def _sizes(item: WriteItem) -> tuple[int, ...]:
+    assert item.tensor_data is not None
+    return tuple(item.tensor_data.chunk.sizes)
 
 
 def _write_item(place: Place, dtype: torch.dtype) -> WriteItem:
@@ -218,23 +257,3 @@ def _write_item(place: Place, dtype: torch.dtype) -> WriteItem:
         size=torch.Size([*place.stack_shape, *place.shape]),
     )
     return WriteItem(MetadataIndex(place.key, offset), WriteItemType.SHARD, tensor_data=data)
-
-
-@dataclass(frozen=True)
-class _Lazy(SavePlanner):
-    """Gives a tensor to the writer when its turn comes."""
-
-    number_of: dict[MetadataIndex, int]
-    read: Callable[[int], Tensor]
-
-    def resolve_data(self, write_item: WriteItem) -> Tensor:
-        assert write_item.tensor_data is not None
-        tensor = self.read(self.number_of[write_item.index])
-        return tensor.reshape(tuple(write_item.tensor_data.chunk.sizes))
-
-    def set_up_planner(self, *_: Any, **__: Any) -> None: ...
-
-    def create_local_plan(self) -> SavePlan:
-        raise AssertionError("the plan is made by write_torch_dist")
-
-    create_global_plan = finish_plan = create_local_plan  # type: ignore[assignment]

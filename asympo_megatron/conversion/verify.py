@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from asympo_megatron.config import Config
-from asympo_megatron.conversion.convert import MegatronWeights, Progress, read_config
 from asympo_megatron.conversion.hf_files import INDEX, SINGLE, HFFiles
+from asympo_megatron.conversion.megatron_weights import MegatronWeights, Progress, read_config
 from asympo_megatron.conversion.names import entries
 from asympo_megatron.conversion.tensors import hf_shapes
 from asympo_megatron.errors import CheckpointError

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from asympo_megatron.errors import ConfigError, UnknownNameError
+from asympo_megatron.mcore.hf_fields import check_values
 
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """The constants that Megatron-Core's RotaryEmbedding._apply_scaling has built in."""
@@ -47,6 +48,8 @@ _OPTIONAL = (
     "use_sliding_window",
     "partial_rotary_factor",
 )
+_NULLABLE = ("sliding_window",)
+"""Where null is not the same as nothing."""
 _MOE_OPTIONAL = (
     "num_experts",
     "num_local_experts",
@@ -126,9 +129,11 @@ def read_hf_config(hf: Mapping[str, Any]) -> ModelFacts:
         raise UnknownNameError("model_type of the Hugging Face config", model_type, FAMILIES)
     family = FAMILIES[model_type]
     _check_spelling(hf, family)
-    missing = [name for name in _REQUIRED if not isinstance(hf.get(name), int)]
+    hf = {name: value for name, value in hf.items() if value is not None or name in _NULLABLE}
+    missing = [name for name in _REQUIRED if name not in hf]
     if missing:
         raise ConfigError(f"the Hugging Face config lacks {', '.join(missing)}. Set it in config.json, or model.hf.")
+    check_values(hf)
     _check_supported(hf)
     theta, factor, divisor = _rope(hf)
     heads, hidden = hf["num_attention_heads"], hf["hidden_size"]
@@ -213,17 +218,20 @@ def _sliding_window(hf: Mapping[str, Any]) -> int | None:
 
 def _rope(hf: Mapping[str, Any]) -> tuple[float, float | None, float | None]:
     """(theta, llama3 factor, linear divisor). transformers 5 keeps all of it under rope_parameters."""
-    rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
+    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    rope = {name: value for name, value in rope.items() if value is not None}
     theta = float(rope.get("rope_theta") or hf.get("rope_theta") or 10000.0)
     kind = rope.get("rope_type", rope.get("type", "default"))
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise ConfigError(f"partial_rotary_factor={rope['partial_rotary_factor']} is not supported; only 1.0 is.")
     if kind == "default":
         return theta, None, None
+    if kind not in ("linear", "llama3"):
+        raise ConfigError(f"rope_type={kind!r} is not supported; default, linear and llama3 are.")
+    if "factor" not in rope:
+        raise ConfigError(f"rope_type={kind} of the Hugging Face config has no factor. Set it in config.json.")
     if kind == "linear":
         return theta, None, float(rope["factor"])
-    if kind != "llama3":
-        raise ConfigError(f"rope_type={kind!r} is not supported; default, linear and llama3 are.")
     for name, built_in in LLAMA3_ROPE.items():
         if float(rope.get(name, built_in)) != built_in:
             raise ConfigError(f"rope_type=llama3 with {name}={rope[name]} is not supported: Megatron has {built_in}.")

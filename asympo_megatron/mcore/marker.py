@@ -12,6 +12,7 @@ from asympo_megatron.mcore.hf_config import ModelFacts
 
 MARKER = "complete"
 FORMAT = 2
+MAX_STEP = 2**63 - 1
 
 
 def make_marker(
@@ -54,18 +55,26 @@ def read_marker(directory: Path) -> dict[str, Any]:
     """The marker of a complete checkpoint.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is none, or not one of ours.
     """
     if not directory.is_dir():
         raise CheckpointError(f"checkpoint {directory} does not exist.")
     try:
         marker = json.loads((directory / MARKER).read_text())
     except (OSError, ValueError):
+        marker = None
+    if not isinstance(marker, dict):
         raise CheckpointError(
-            f"checkpoint {directory} is incomplete: it has no {MARKER!r} file. Use an older one."
-        ) from None
+            f"checkpoint {directory} is incomplete: it has no {MARKER!r} file that can be read. Use an older one."
+        )
     if marker.get("format") != FORMAT:
         raise CheckpointError(f"checkpoint {directory} has format {marker.get('format')}, expected {FORMAT}.")
+    step, checksum = marker.get("step"), marker.get("checksum")
+    if type(step) is not int or not 0 <= step <= MAX_STEP or not isinstance(checksum, str):
+        raise CheckpointError(
+            f"checkpoint {directory} is damaged: its {MARKER!r} file has step {step!r} and checksum {checksum!r}. "
+            "Use an older one."
+        )
     return marker
 
 

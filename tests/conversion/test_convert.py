@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from asympo_megatron.cli.main import main
 from asympo_megatron.config import Config, override_config
 from asympo_megatron.conversion import hf_to_megatron, load_hf, megatron_to_hf
-from asympo_megatron.conversion.convert import MODEL_FILES
 from asympo_megatron.conversion.hf_files import INDEX, SINGLE
+from asympo_megatron.conversion.megatron_weights import MODEL_FILES
 from asympo_megatron.conversion.torch_dist import COMMON, CONFIG, METADATA, SHARED_STATE
 from asympo_megatron.errors import AsympoError, CheckpointError, ConfigError
 from asympo_megatron.mcore import shutdown

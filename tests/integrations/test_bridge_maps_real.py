@@ -38,8 +38,14 @@ def bridge(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     monkeypatch.setattr(gpt_provider, "transformer_engine_layer_spec", _layers)
     monkeypatch.setattr(rope_utils, "fused_apply_rotary_pos_emb", _layers)  # Nemotron's configuration asks for it
+    _forget_attention()
     yield
-    for kernel in ("FLASH", "FUSED", "UNFUSED"):  # Megatron-Core notes one family's choice there, and refuses another's
+    _forget_attention()
+
+
+def _forget_attention() -> None:
+    """Megatron-Core notes one model's kind of attention in the environment, and then refuses another's."""
+    for kernel in ("FLASH", "FUSED", "UNFUSED"):
         os.environ.pop(f"NVTE_{kernel}_ATTN", None)
 
 
