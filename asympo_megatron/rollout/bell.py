@@ -13,11 +13,18 @@ class Bell:
 
     def __init__(self) -> None:
         self._event = asyncio.Event()
+        self._listeners: list[Callable[[], None]] = []
 
     def ring(self) -> None:
         """Wake every waiter once."""
         event, self._event = self._event, asyncio.Event()
         event.set()
+        for listener in self._listeners:
+            listener()
+
+    def listen(self, listener: Callable[[], None]) -> None:
+        """Call it at every ring: for who keeps thousands of waiters and knows which of them are concerned."""
+        self._listeners.append(listener)
 
     async def until(self, condition: Callable[[], bool], timeout_s: float | None = None) -> bool:
         """Wait until ``condition()`` holds, asking again after every ring; False when the time is over."""

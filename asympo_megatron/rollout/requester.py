@@ -1,5 +1,8 @@
 """One response, whatever happens to engines meanwhile: nothing that was sampled is thrown away."""
 
+import asyncio
+import heapq
+import itertools
 import logging
 from collections.abc import Callable, Container
 
@@ -69,9 +72,13 @@ class Requester:
         *,
         logprobs: bool,
     ) -> None:
-        self._fleet, self._bell, self._may_sample = fleet, bell, may_sample
+        self._fleet, self._may_sample = fleet, may_sample
         self._reader, self._identity = AnswerReader(vocab_size, versions), identity
         self._logprobs = logprobs
+        self._held: list[tuple[int, int, asyncio.Future[None]]] = []
+        """A heap of requests that the lag rule holds back: group, order of arrival (no two alike), who waits."""
+        self._order = itertools.count()
+        bell.listen(self._let_go)
         self.tokens_sampled = 0
         """Of training responses; an evaluation's do not count."""
 
@@ -85,7 +92,7 @@ class Requester:
         attempt = draft.requests
         while True:
             if draft.version is None and not self._may_sample(draft.group):
-                await self._until_allowed(draft.group)
+                await self._hold(draft.group)
             engine = await self._fleet.acquire(draft.group, draft.version)
             try:
                 if not self._still_fits(engine, draft):  # it changed between the grant and now
@@ -104,8 +111,17 @@ class Requester:
             if len(parts.ids) >= draft.params.max_new_tokens:
                 return parts.finish("length", attempt - draft.requests)
 
-    async def _until_allowed(self, group: int) -> None:
-        await self._bell.until(lambda: self._may_sample(group))
+    async def _hold(self, group: int) -> None:
+        waiting: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        heapq.heappush(self._held, (group, next(self._order), waiting))
+        await waiting
+
+    def _let_go(self) -> None:
+        """Something changed. The lag rule lets older groups sample first, so the oldest answers for all of them."""
+        while self._held and self._may_sample(self._held[0][0]):
+            _, _, waiting = heapq.heappop(self._held)
+            if not waiting.done():  # else cancelled
+                waiting.set_result(None)
 
     def _still_fits(self, engine: Engine, draft: Draft) -> bool:
         if not engine.serving or engine.weights is None:

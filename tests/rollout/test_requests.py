@@ -6,8 +6,10 @@ from typing import Any
 
 from rollout_world import VOCAB, changed, run_async, small_config, world
 
+from asympo_megatron.rollout.answer import SamplingParams
 from asympo_megatron.rollout.bell import Bell
 from asympo_megatron.rollout.fleet import Engine, EngineState, Fleet
+from asympo_megatron.rollout.requester import Draft, Requester
 from asympo_megatron.rollout.rows import VersionRow
 from asympo_megatron.testing.fake_engine import FakeEngine
 
@@ -145,3 +147,40 @@ def test_slots_go_to_the_oldest_group_and_those_of_cancelled_requests_to_the_nex
         return got
 
     assert run_async(scenario()) == [5, 9]
+
+
+def test_requests_held_back_by_the_lag_rule_cost_one_question_a_ring() -> None:
+    """After a resume thousands may wait, and every finished group rings."""
+
+    async def scenario() -> None:
+        bell, asked, bound, gone = Bell(), [], [5], []
+
+        def may_sample(group: int) -> bool:
+            asked.append(group)
+            return group < bound[0]
+
+        class Allowed(Fleet):
+            async def acquire(self, group: int, version: int | None = None) -> Engine:
+                gone.append(group)
+                return await asyncio.Event().wait()  # type: ignore[return-value]
+
+        requester = Requester(Allowed(1, 1, bell), bell, may_sample, {0}, VOCAB, lambda: ("r.", 1), logprobs=False)
+        params = SamplingParams(8, 1.0, 1.0, -1, [1])
+        drafts = [Draft(group, f"{group}", row, [3], params) for group in (9, 6, 5, 4) for row in range(3)]
+        tasks = [asyncio.create_task(requester.sample(draft)) for draft in drafts]
+        await asyncio.sleep(0)
+        assert gone == [4] * 3
+        tasks[3].cancel()
+        asked.clear()
+        for _ in range(10):
+            bell.ring()
+        assert asked == [5] * 10
+        bound[0] = 7
+        bell.ring()
+        await asyncio.sleep(0)
+        assert sorted(gone) == [4] * 3 + [5] * 3 + [6] * 2
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    run_async(scenario())
