@@ -58,6 +58,12 @@ def test_rope_of_both_generations_of_transformers() -> None:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
+        ({"rms_norm_eps": {}}, ConfigError, r"rms_norm_eps=\{\} of the Hugging Face config is not a positive number"),
+        ({"num_hidden_layers": 10**30}, ConfigError, "num_hidden_layers=10+ .* is not an integer from 1 to 65536"),
+        ({"num_key_value_heads": 0}, ConfigError, "num_key_value_heads=0 .* is not an integer from 1 to 65536"),
+        ({"tie_word_embeddings": "no"}, ConfigError, "tie_word_embeddings='no' .* is not true or false"),
+        ({"rope_parameters": {"factor": "x"}}, ConfigError, r"rope_parameters\.factor='x' .* is not a positive number"),
+        ({"rope_parameters": {"rope_type": "linear"}}, ConfigError, "rope_type=linear .* has no factor"),
         ({"model_type": "qwen4"}, UnknownNameError, "did you mean 'qwen"),
         ({"vocab_size": None}, ConfigError, "lacks vocab_size"),
         ({"rms_norm_epss": 1e-5}, UnknownNameError, "did you mean 'rms_norm_eps'"),
