@@ -21,6 +21,7 @@ from asympo_megatron.rollout.controller import Controller
 from asympo_megatron.rollout.episodes import Player
 from asympo_megatron.rollout.evaluator import Evaluator, evaluation_due
 from asympo_megatron.rollout.fleet import Fleet
+from asympo_megatron.rollout.install import SyncOptions
 from asympo_megatron.rollout.interfaces import Environment, Scorer, Task
 from asympo_megatron.rollout.journal import Journal
 from asympo_megatron.rollout.ledger import Ledger
@@ -28,7 +29,7 @@ from asympo_megatron.rollout.parts import Parts
 from asympo_megatron.rollout.replay import ReplaySampler
 from asympo_megatron.rollout.requester import Requester
 from asympo_megatron.rollout.sampler import GroupSampler
-from asympo_megatron.rollout.syncer import Syncer, SyncOptions
+from asympo_megatron.rollout.syncer import Syncer
 from asympo_megatron.rollout.targets import Targets
 
 log = logging.getLogger(__name__)

@@ -7,18 +7,17 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, stop_after_delay, wait_exponential
 
 from asympo_megatron.errors import ControllerError, EngineError, PublishError
-from asympo_megatron.protocol import COLOCATED
 from asympo_megatron.rollout.bell import Background, Bell
 from asympo_megatron.rollout.client import EngineClient
-from asympo_megatron.rollout.collective import Collective, SenderLost
-from asympo_megatron.rollout.colocated import Colocated, check_local
+from asympo_megatron.rollout.collective import SenderLost
+from asympo_megatron.rollout.colocated import check_local
 from asympo_megatron.rollout.fleet import Engine, EngineState, Fleet
+from asympo_megatron.rollout.install import SyncOptions, check_label, install
 from asympo_megatron.rollout.rows import VersionRow
 from asympo_megatron.rollout.targets import Targets
 
@@ -27,34 +26,6 @@ _MAX_QUARANTINES = 5
 """In a row, without one good answer in between: then the engine is given up."""
 _VERIFY_ATTEMPTS = 5
 """A network file system may show a renamed directory late."""
-
-
-@dataclass(frozen=True)
-class SyncOptions:
-    """How weights reach engines, and when an engine counts as dead.
-
-    Args:
-        run_prefix: prefix of this run's request ids.
-        pause_mode: in_place | retract | abort.
-        timeout_s: deadline of one engine's sync.
-        start_timeout_s: deadline of readiness.
-        silence_s: a serving engine that is silent for this long is taken out. It is asked for its weight version after
-            every quarter of this, once, and has the other three quarters to answer. One that has requests and gave no
-            good answer for a quarter is asked for a token, and has half of this to sample it.
-        collective, colocated: how weights that lie with the trainer reach an engine.
-        local_only: engines of other machines are refused.
-        backoff_s: pause after the first failure; doubles.
-    """
-
-    run_prefix: str
-    pause_mode: str
-    timeout_s: float
-    start_timeout_s: float
-    silence_s: float
-    collective: Collective
-    colocated: Colocated
-    local_only: bool = False
-    backoff_s: float = 0.5
 
 
 class Syncer:
@@ -188,7 +159,7 @@ class Syncer:
         if engine.failure is not None:
             raise EngineError(str(engine.failure)) from engine.failure
         if not changed and serving is not None:
-            _check_label(engine, serving, await engine.client.weight_label(timeout_s=self._options.silence_s * 3 / 4))
+            check_label(engine, serving, await engine.client.weight_label(timeout_s=self._options.silence_s * 3 / 4))
         await self._check_generates(engine)
 
     async def _check_generates(self, engine: Engine) -> None:
@@ -204,7 +175,7 @@ class Syncer:
         self._fleet.set_state(engine, EngineState.SYNCING)
         try:
             async with asyncio.timeout(self._options.timeout_s):
-                await self._install(engine, row, fresh=fresh)
+                await install(engine, row, self._options, fresh=fresh)
         except TimeoutError as error:
             raise EngineError(
                 f"engine {engine.url} did not load version {row.version} within {self._options.timeout_s:g} s "
@@ -215,40 +186,6 @@ class Syncer:
         engine.weights = row
         self.last_sync_s = time.monotonic() - started_s
         self._fleet.set_state(engine, EngineState.SERVING)
-
-    async def _install(self, engine: Engine, row: VersionRow, *, fresh: bool) -> None:
-        """Pause, load, verify, continue. A fresh engine is emptied first: its requests and cache are of unknown origin.
-
-        When weights go back to an earlier step, running requests are ended, too: those that may go on under the lag
-        rule do so at once, the others when the weights have caught up.
-        """
-        client, options = engine.client, self._options
-        goes_back = engine.weights is not None and row.step < engine.weights.step
-        if fresh or goes_back:
-            await client.abort(options.run_prefix)
-        # A real server ignores an abort by a mere prefix (no request has that very id): the pause must end them.
-        mode = "abort" if fresh or goes_back else options.pause_mode
-        label, flush_cache = str(row.version), mode != "in_place"
-        if row.in_memory:
-            way = options.colocated if row.path.startswith(COLOCATED) else options.collective
-            transfer = await way.open(client, row)  # before the pause: meeting takes time
-            try:
-                await client.pause(mode)
-                await transfer.run(label, flush_cache=flush_cache)
-                await self._go_on(engine, row)
-            finally:
-                await transfer.close()
-        else:
-            await client.pause(mode)
-            await client.update_weights(row.path, label, flush_cache=flush_cache, timeout_s=options.timeout_s)
-            await self._go_on(engine, row)
-
-    async def _go_on(self, engine: Engine, row: VersionRow) -> None:
-        """After an update: verify, continue."""
-        _check_label(engine, row, await engine.client.weight_label(attempts=3))
-        await engine.client.resume()
-        if engine.quarantines:  # no requests for one that would hang again
-            await engine.client.check_generates(self._options.silence_s / 2)
 
     async def _files_good(self, row: VersionRow) -> bool:
         """Verify a version once, before any engine reads it; False when it is bad, but no longer wanted.
@@ -297,11 +234,3 @@ class Syncer:
         log.error("%s; it gets no more requests. POST its url to /engines to take it in again.", reason)
         engine.last_error = reason
         self._fleet.set_state(engine, EngineState.EVICTED)
-
-
-def _check_label(engine: Engine, row: VersionRow, label: str) -> None:
-    if label != str(row.version):
-        raise EngineError(
-            f"engine {engine.url} reports weight version {label!r}, expected {row.version}: it restarted, or someone "
-            "else changed its weights"
-        )
