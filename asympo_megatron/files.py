@@ -46,7 +46,7 @@ class Flusher:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._disk.shutdown(cancel_futures=True)
+        self._disk.shutdown()
         if kind is None:
             self._wait()
             self._sync()

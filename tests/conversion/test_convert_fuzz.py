@@ -1,5 +1,6 @@
 """Files with random damage: conversion gives the right bits or says what is wrong, and leaves nothing half-done."""
 
+import errno
 import json
 import os
 import random
@@ -13,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from asympo_megatron import files
 from asympo_megatron.config import Config, override_config
 from asympo_megatron.conversion import convert, hf_to_megatron, megatron_to_hf
 from asympo_megatron.conversion.hf_files import INDEX, SINGLE
@@ -195,6 +197,25 @@ def test_an_interrupted_conversion_leaves_nothing(make_hf: MakeHF, tmp_path: Pat
     _convert(source, tmp_path / "m")
     with pytest.raises(KeyboardInterrupt):
         megatron_to_hf(tmp_path / "m", tmp_path / "out" / "back", progress=_interrupt)
+    assert os.listdir(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize("good_ones", [0, 2])
+def test_a_disk_that_fails_while_more_is_written(
+    make_hf: MakeHF, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, good_ones: int
+) -> None:
+    _, source = make_hf("llama")
+    calls = []
+
+    def failing(descriptor: int) -> None:
+        calls.append(descriptor)
+        if len(calls) > good_ones:
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(files, "FLUSH_BYTES", 1)
+    monkeypatch.setattr(files.os, "fsync", failing)
+    with pytest.raises(CheckpointError, match=r"could not be written: .*Input/output error"):
+        _convert(source, tmp_path / "out" / "m")
     assert os.listdir(tmp_path / "out") == []
 
 
