@@ -7,8 +7,8 @@ file that is written, fsynced, loaded and copied. Both without digests; the dige
 
 collective: the controller's own transfer (join, pause, session, buckets, label, continue) from a WeightSender to an
 embedded engine in a process of its own, beside torch.distributed.broadcast of one tensor to another process and a word
-back. First to an engine that receives and checks, then, as with_load, to one that replaces its weights, beside a
-process that copies what it received. gloo on the loopback device. colocated: the latter through shared memory.
+back. First to an engine that receives and checks; then (with_load, without a goal) to one that replaces its weights,
+beside a process that copies what it received. gloo on the loopback device. colocated: the latter by shared memory.
 
 Wall time, medians of interleaved pairs. Memory is what the trainer's process holds beyond its weights and cannot give
 back (anonymous and shared), at the worst moment while a version is stored and sent; the tensors come as copies, as a
@@ -49,13 +49,16 @@ from weight_peers import (
 
 from asympo_megatron.engine import EngineOptions
 from asympo_megatron.engine.model import ServedModel, load_model, read_weights, replace_weights
-from asympo_megatron.sync import disk, manifest, verify_version, write_version
+from asympo_megatron.sync import manifest, verify_version, write_version
 from asympo_megatron.sync.sender import WeightSender
 from asympo_megatron.sync.sharer import WeightSharer
 from asympo_megatron.sync.transport import DiskTransport, SenderTransport, Transport
 
 MEBIBYTE = 2**20
+GOAL = 0.8
 REPEATS = 5
+_MMAP_THRESHOLD = -3
+"""M_MMAP_THRESHOLD of malloc.h."""
 TRANSPORTS = ("disk", "collective", "colocated")
 
 
@@ -129,11 +132,16 @@ def gathered(weights: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         yield name, tensor.clone()
 
 
-def judge_speed(report: harness.Report, name: str, pairs: harness.Pairs, moved_bytes: int, **facts: Any) -> None:
-    """Speed beside the bare transfer, goal 0.8, and what both took."""
+def judge_speed(
+    report: harness.Report, name: str, pairs: harness.Pairs, moved_bytes: int, *, goal: float | None, **facts: Any
+) -> None:
+    """Speed beside the bare transfer, and what both took."""
     low, high = pairs.quartiles
-    spread = [round(1 / high, 3), round(1 / low, 3)]
-    report.at_least(name, 1 / pairs.ratio, "x bare", 0.8, quartiles=spread, **facts)
+    facts["quartiles"] = [round(1 / high, 3), round(1 / low, 3)]
+    if goal is None:
+        report.show(name, 1 / pairs.ratio, "x bare", **facts)
+    else:
+        report.at_least(name, 1 / pairs.ratio, "x bare", goal, **facts)
     for side, seconds in (("ours", pairs.ours_s), ("bare", pairs.theirs_s)):
         report.show(f"{name}/{side}", moved_bytes / statistics.median(seconds) / MEBIBYTE, "MiB/s")
 
@@ -156,11 +164,10 @@ def by_disk(report: harness.Report, served: ServedModel, weights: dict[str, Tens
     moved = total_bytes(weights)
     with without_digests():
         pairs = harness.measure_pairs(ours, bare, clock=time.perf_counter)
-    judge_speed(report, "weight_sync/disk", pairs, moved)
-    whole = harness.measure_pairs(ours, bare, clock=time.perf_counter)
-    report.show("weight_sync/disk/with_digests", 1 / whole.ratio, "x bare")
+    judge_speed(report, "weight_sync/disk", pairs, moved, goal=GOAL)
+    report.show("weight_sync/disk/with_digests", moved / median_s(ours) / MEBIBYTE, "MiB/s")
     files = [file for file in (root / "ours").rglob("*") if file.is_file()]
-    once = median_s(lambda: [manifest.file_digest(file) for file in files])
+    once = median_s(lambda: manifest.file_digests(files))
     report.show("weight_sync/disk/digest", once, "s", passes="trainer, controller, embedded engine")
     expect_equal(dict(served.module.named_parameters()), weights)
     expect_equal(target, weights)
@@ -181,8 +188,7 @@ def plain_copy(weights: dict[str, Tensor], file: Path, target: dict[str, Tensor]
 @contextlib.contextmanager
 def without_digests() -> Iterator[None]:
     """Nothing is hashed, neither by the writer nor by those who check."""
-    same = mock.Mock(return_value="")
-    with mock.patch.object(disk, "file_digest", same), mock.patch.object(manifest, "file_digest", same):
+    with mock.patch.object(manifest, "file_digest", mock.Mock(return_value="")):
         yield
 
 
@@ -200,8 +206,8 @@ def by_collective(report: harness.Report, weights: dict[str, Tensor], size: Size
         sender.close()
     if loads:
         expect_arrived(weights, url)
-    name = "weight_sync/collective" + ("/with_load" if loads else "")
-    judge_speed(report, name, pairs, flat.numel(), bucket_mib=size.bucket_bytes // MEBIBYTE)
+    name, goal = ("weight_sync/collective/with_load", None) if loads else ("weight_sync/collective", GOAL)
+    judge_speed(report, name, pairs, flat.numel(), goal=goal, bucket_mib=size.bucket_bytes // MEBIBYTE)
 
 
 def memory(report: harness.Report, size: Size, root: Path, url: str) -> None:
@@ -245,7 +251,10 @@ def store_and_send(transport: Transport, weights: dict[str, Tensor], url: str) -
 
 def peak_above(call: Callable[[], object]) -> int:
     """Bytes of anonymous and shared memory that a call has this process hold, at the worst moment."""
-    with contextlib.suppress(AttributeError):  # glibc only: memory freed earlier must not serve the call
+    with contextlib.suppress(
+        AttributeError
+    ):  # glibc only: what is freed goes back at once, what was freed does not serve
+        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, MEBIBYTE)
         ctypes.CDLL(None).malloc_trim(0)
     before = held_bytes()
     peak, done = before, threading.Event()

@@ -22,7 +22,7 @@ from asympo_megatron.sync.manifest import (
     MANIFEST_NAME,
     FileEntry,
     Manifest,
-    file_digest,
+    file_digests,
     temporary_path,
     verify_version,
     version_path,
@@ -94,10 +94,12 @@ def write_model(
         names += _write_shards(temporary, _prepared(tensors, dtype), shard_bytes)
         with ThreadPoolExecutor(1) as disk:  # takes the files while they are hashed
             flushed = [disk.submit(fsync, temporary / name) for name in names]
-            files = {name: _entry(temporary / name) for name in names}
+            digests = file_digests([temporary / name for name in names])
         for flush in flushed:
             flush.result()
-        manifest = msgspec.structs.replace(described, files=files)
+        sizes = [(temporary / name).stat().st_size for name in names]
+        entries = [FileEntry(size, digest) for size, digest in zip(sizes, digests, strict=True)]
+        manifest = msgspec.structs.replace(described, files=dict(zip(names, entries, strict=True)))
         (temporary / MANIFEST_NAME).write_bytes(msgspec.json.format(msgspec.json.encode(manifest)))
         for name in (MANIFEST_NAME, "."):
             fsync(temporary / name)
@@ -108,10 +110,6 @@ def write_model(
         if isinstance(error, OSError) and not isinstance(error, AsympoError):
             raise PublishError(_unwritable(target, error)) from error
         raise
-
-
-def _entry(file: Path) -> FileEntry:
-    return FileEntry(file.stat().st_size, file_digest(file))
 
 
 def _existing(target: Path, step: int, checksum: str) -> Path:

@@ -1,6 +1,5 @@
 """Versions in a spool: nothing is lost, nothing is misaligned, a large tensor travels alone, nothing stays behind."""
 
-import gc
 import mmap
 import os
 import weakref
@@ -77,34 +76,41 @@ def test_one_tensor_is_in_hand_at_a_time() -> None:
     assert held == [0, 0, 0, 0]
 
 
+def held(folder: Path) -> tuple[int, bool]:
+    """Open files below a folder, and whether one is mapped."""
+    links = [os.readlink(f"/proc/self/fd/{entry}") for entry in os.listdir("/proc/self/fd") if _open(entry)]
+    return sum(link.startswith(str(folder)) for link in links), str(folder) in Path("/proc/self/maps").read_text()
+
+
+def _open(entry: str) -> bool:
+    return os.path.lexists(f"/proc/self/fd/{entry}")  # that of the listing itself is closed by now
+
+
 def test_a_spool_ends_with_its_last_reference_and_leaves_no_file(tmp_path: Path) -> None:
-    before = len(os.listdir("/proc/self/fd"))
     spool = spool_version(tensors().items(), 200, tmp_path)
-    assert len(os.listdir("/proc/self/fd")) > before
+    assert held(tmp_path) == (1, False)
     assert list(tmp_path.iterdir()) == [], "even after SIGKILL"
     sent = spool.bucket(0)
     del spool
-    gc.collect()
+    assert held(tmp_path)[1]
     assert torch.equal(sent[:60].view(torch.float32), tensors()["a"].view(-1)), "a bucket that is being sent stays"
     del sent
-    gc.collect()
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert held(tmp_path) == (0, False)
 
 
 def test_what_cannot_be_sent_is_refused(tmp_path: Path) -> None:
-    before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(PublishError, match="tensor a was given twice"):
-        spool_version([("a", torch.zeros(1)), ("a", torch.ones(1))], 100)
+        spool_version([("a", torch.zeros(1)), ("a", torch.ones(1))], 100, tmp_path)
     with pytest.raises(PublishError, match="no tensor was given"):
-        spool_version([], 100)
+        spool_version([], 100, tmp_path)
     with pytest.raises(PublishError, match=r"could not be written to .*gone before it is sent.* Set sync\.spool_dir"):
         spool_version(tensors().items(), 100, tmp_path / "gone")
     with open("/dev/full", "wb") as full, pytest.MonkeyPatch.context() as patch:
         patch.setattr("tempfile.TemporaryFile", lambda **_: full)
         with pytest.raises(PublishError, match=r"No space left on device.* Set sync\.spool_dir"):
             spool_version(tensors().items(), 100, tmp_path)
-    gc.collect()
-    assert len(os.listdir("/proc/self/fd")) == before
+        assert full.closed
+    assert held(tmp_path) == (0, False)
 
 
 def test_a_sender_on_the_network_needs_a_token() -> None:
