@@ -86,7 +86,7 @@ def versions_of_trained(bench, name) -> list[int]:
     return [len(response.versions) for group in groups for response in group]
 
 
-@pytest.mark.parametrize("transport", ["disk", "collective"])
+@pytest.mark.parametrize("transport", ["disk", "collective", "colocated"])
 def test_run_trains_responses_that_span_versions(bench, server_urls, models, transport):
     servers = clients(server_urls, models)
     for server in servers:
