@@ -45,6 +45,7 @@ from load_clients import (
 from scripted_run import CoinScorer, CountingTask, Learner, make_config
 
 from asympo_megatron.rollout import build_controller
+from asympo_megatron.rollout.collector import collect_rarely
 
 ENGINES = 4
 MAX_LAG_STEPS = 8
@@ -242,6 +243,7 @@ def main() -> int:
     report = harness.Report("controller_load", save=arguments.save)
     size = QUICK if arguments.quick else FULL
     allow_sockets(2 * size.in_flight + 512)
+    collect_rarely()  # as `asympo control` does; for the bare loop, too
     compare_clients(report, size)
     load_controller(report, size, judge_memory=not arguments.quick)
     return report.finish()

@@ -41,6 +41,7 @@ def train(arguments: argparse.Namespace) -> int:
 
 
 def control(arguments: argparse.Namespace) -> int:
+    from asympo_megatron.rollout.collector import collect_rarely
     from asympo_megatron.tasks import build_environment, build_scorer, load_task, prepare_model_dir
 
     config = _load(arguments)
@@ -48,6 +49,7 @@ def control(arguments: argparse.Namespace) -> int:
     if config.rollout.source == "engines":
         task = load_task(config, prepare_model_dir(config, RunDir.of(config).path))
         scorer, environment = build_scorer(config, task), build_environment(config, task)
+    collect_rarely()
     asyncio.run(_control(config, task, scorer, environment))
     return 0
 
