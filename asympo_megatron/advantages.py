@@ -19,9 +19,12 @@ def group_mean(rewards: Sequence[float]) -> list[float]:
 def mean_std(rewards: Sequence[float]) -> list[float]:
     """A_i = (r_i - mean(r)) / std(r), with the population standard deviation (GRPO, arXiv:2402.03300)."""
     centred = group_mean(rewards)
-    # hypot scales internally: squares of very small or very large rewards neither vanish nor overflow.
-    std = math.hypot(*centred) / math.sqrt(len(rewards))
-    return [value / std for value in centred]
+    # Scaled to about 1, so that squares neither vanish nor overflow; and centred again, because the division makes much
+    # of what the mean lost by rounding where rewards hardly differ.
+    _, exponent = math.frexp(max(map(abs, centred)))
+    scaled = group_mean([math.ldexp(value, -exponent) for value in centred])
+    std = math.hypot(*scaled) / math.sqrt(len(rewards))
+    return [value / std for value in scaled]
 
 
 def leave_one_out(rewards: Sequence[float]) -> list[float]:

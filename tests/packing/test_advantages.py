@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from asympo_megatron.advantages import ESTIMATORS, compute_advantages
@@ -43,6 +43,8 @@ def test_equal_rewards_give_exact_zeros(estimator, reward):
 
 @pytest.mark.parametrize("estimator", RELATIVE)
 @given(rewards=REWARDS)
+@example(rewards=[0.0, 5e-324])
+@example(rewards=[1.0, 1.0000000000000002])
 def test_sum_is_zero(estimator, rewards):
     advantages = compute_advantages(rewards, estimator)
     assert abs(math.fsum(advantages)) <= 1e-12 * max(1.0, *map(abs, rewards), *map(abs, advantages)) * len(rewards)
