@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from asympo_megatron.config import Config
+from asympo_megatron.config import Config, RunDir, load_config
 from asympo_megatron.conversion.names import entries
 from asympo_megatron.conversion.places import Place, find_places
 from asympo_megatron.conversion.tensors import one_ahead, split_for_hf
@@ -127,9 +127,13 @@ def find_checkpoint(source: Path) -> Path:
 
 
 def find_model_files(directory: Path, given: str | Path | None) -> Path:
-    """Directory with config.json: given, kept in the checkpoint, or that of the run which wrote it."""
-    run = directory.parent.parent
-    for candidate in [Path(given)] if given else [directory / MODEL_FILES, run / "model"]:
+    """Directory with config.json: given, kept in the checkpoint, or what the run which wrote it began with."""
+    run = RunDir(directory.parent.parent)
+    candidates = [Path(given)] if given else [directory / MODEL_FILES, run.path / "model"]
+    if not given and run.config.is_file():
+        path = load_config(run.config).model.path
+        candidates += [Path(path)] if path else []
+    for candidate in candidates:
         if (candidate / "config.json").is_file():
             return candidate
     raise CheckpointError(

@@ -18,7 +18,7 @@ from conversion_programs import build
 from safetensors.torch import load_file, save_file
 
 from asympo_megatron.cli.main import main
-from asympo_megatron.config import Config, override_config
+from asympo_megatron.config import Config, RunDir, load_config, override_config
 from asympo_megatron.conversion import hf_to_megatron, load_hf, megatron_to_hf
 from asympo_megatron.conversion.hf_files import INDEX, SINGLE
 from asympo_megatron.conversion.megatron_weights import MODEL_FILES
@@ -97,6 +97,17 @@ def test_the_layout_is_checked_against_the_model(make_hf: MakeHF, tmp_path: Path
     with pytest.raises(ConfigError, match=r"num_hidden_layers=2 is not divisible by parallel.pipeline=4"):
         _convert(source, tmp_path / "m", "parallel.pipeline=4")
     assert not (tmp_path / "m").exists()
+
+
+def test_a_run_is_exported_with_the_model_that_it_began_with(make_hf: MakeHF, tmp_path: Path) -> None:
+    _, source = make_hf("qwen3")
+    config = load_config("quickstart", [f"model.path={source}", "model.hf={}", f"run.root={tmp_path}"])
+    run = RunDir.of(config)
+    run.create(config)
+    _convert(source, run.checkpoint(0))
+    shutil.rmtree(run.checkpoint(0) / MODEL_FILES)
+    megatron_to_hf(run.path, tmp_path / "back")
+    _same_tensors(source, tmp_path / "back")
 
 
 @pytest.mark.parametrize("arguments", [COMMON, SHARED_STATE])

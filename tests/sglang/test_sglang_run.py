@@ -108,7 +108,7 @@ def test_run_trains_responses_that_span_versions(bench, server_urls, models, tra
     got = digest(server)
     assert got != before
     assert server.generate(PROMPT, max_new_tokens=30)["output_ids"] != sampled_before
-    bench.run("convert", "megatron-to-hf", f"runs/{transport}", f"{transport}-saved", "--hf", str(models["qwen3"]))
+    bench.run("convert", "megatron-to-hf", f"runs/{transport}", f"{transport}-saved")
     server.reset()
     server.update(bench.path / f"{transport}-saved", "saved")
     assert digest(server) == got
