@@ -128,18 +128,23 @@ def find_checkpoint(source: Path) -> Path:
 
 def find_model_files(directory: Path, given: str | Path | None) -> Path:
     """Directory with config.json: given, kept in the checkpoint, or what the run which wrote it began with."""
-    run = RunDir(directory.parent.parent)
-    candidates = [Path(given)] if given else [directory / MODEL_FILES, run.path / "model"]
-    if not given and run.config.is_file():
-        path = load_config(run.config).model.path
-        candidates += [Path(path)] if path else []
-    for candidate in candidates:
+    for candidate in [Path(given)] if given else _likely_model_files(directory):
         if (candidate / "config.json").is_file():
             return candidate
     raise CheckpointError(
         f"{given or directory} has no config.json. Give the directory of the Hugging Face model that the checkpoint "
         "began with: --hf DIR."
     )
+
+
+def _likely_model_files(directory: Path) -> Iterator[Path]:
+    run = RunDir(directory.parent.parent)
+    yield directory / MODEL_FILES
+    yield run.path / "model"
+    if directory.parent == run.checkpoints and run.config.is_file():  # elsewhere a config.yaml is anybody's
+        path = load_config(run.config).model.path
+        if path is not None:
+            yield Path(path)
 
 
 def _check_arguments(directory: Path, stored: Mapping[str, Any], facts: ModelFacts) -> None:

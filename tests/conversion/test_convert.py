@@ -118,6 +118,7 @@ def test_a_foreign_checkpoint_that_keeps_layers_apart(make_hf: MakeHF, tmp_path:
     _save_as_megatron_lm(source, foreign, arguments, tmp_path / "touched")
     assert (foreign / COMMON).exists() == (arguments == COMMON)
     (tmp_path / "run" / "latest_checkpointed_iteration.txt").write_text("20")
+    (tmp_path / "config.yaml").write_text("another: program")
     megatron_to_hf(tmp_path / "run", tmp_path / "back", model_files=source)
     _same_tensors(source, tmp_path / "back")
     with pytest.raises(CheckpointError, match=r"has no config.json.*--hf DIR"):
