@@ -56,6 +56,15 @@ class EngineClient:
         """Generate in the background."""
         return self._pool.submit(self.post, "/generate", generate_body(ids, rid, **sampling))
 
+    def digest(self) -> dict[str, str]:
+        """Checksum of every tensor that the first rank serves."""
+        checksums: dict[str, str] = self.post("/weights_checker", {"action": "checksum"})["ranks"][0]["checksums"]
+        return checksums
+
+    def label(self) -> str:
+        """The weight version that it reports."""
+        return str(self.call("/model_info")[1]["weight_version"])
+
     def load(self) -> dict[str, Any]:
         return self.call("/v1/loads")[1]["loads"][0]
 

@@ -4,7 +4,6 @@ import asyncio
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -60,25 +59,17 @@ def transfer(engine: EngineClient, version: VersionRow, flush_cache: bool = True
     return asyncio.run(work())
 
 
-def digest(engine: EngineClient) -> Any:
-    return engine.post("/weights_checker", {"action": "checksum"})["ranks"][0]["checksums"]
-
-
-def label(engine: EngineClient) -> str:
-    return engine.call("/model_info")[1]["weight_version"]
-
-
 def test_broadcast_weights_equal_those_from_disk(engine: EngineClient, sender: WeightSender) -> None:
     """By checksum of every tensor and by what is sampled."""
-    before, answer_before = digest(engine), engine.generate(max_new_tokens=20)["output_ids"]
+    before, answer_before = engine.digest(), engine.generate(max_new_tokens=20)["output_ids"]
     engine.update(engine.model_b, "disk")
-    from_disk, answer = digest(engine), engine.generate(max_new_tokens=20)["output_ids"]
+    from_disk, answer = engine.digest(), engine.generate(max_new_tokens=20)["output_ids"]
     engine.update(engine.model_a, "again")
-    assert digest(engine) == before != from_disk
+    assert engine.digest() == before != from_disk
     sender.store(3, weights(engine.model_b).items())
     assert transfer(engine, row(sender, 3)) > 3
-    assert digest(engine) == from_disk
-    assert label(engine) == "3"
+    assert engine.digest() == from_disk
+    assert engine.label() == "3"
     sampled = engine.generate(max_new_tokens=20)
     assert sampled["output_ids"] == answer != answer_before
     assert sampled["meta_info"]["weight_versions"] == [{"version": "3", "start": 0, "end": 20}]
@@ -102,12 +93,12 @@ def test_one_sender_serves_versions_one_after_the_other(engine: EngineClient, se
         sender.store(version, weights(model).items())
         sender.keep([version])
         transfer(engine, row(sender, version))
-        checksums.append(digest(engine))
-        assert label(engine) == str(version)
+        checksums.append(engine.digest())
+        assert engine.label() == str(version)
     assert checksums[0] == checksums[2] != checksums[1]
     with pytest.raises(SenderLost, match=r"version 1 is not held any more \(held: 3\)"):
         transfer(engine, row(sender, 1))
-    assert label(engine) == "3"
+    assert engine.label() == "3"
 
 
 def test_an_update_outside_a_session_is_refused_at_once(engine: EngineClient) -> None:
@@ -115,7 +106,7 @@ def test_an_update_outside_a_session_is_refused_at_once(engine: EngineClient) ->
     status, answer = engine.call("/update_weights_from_distributed", body, "POST")
     assert (status, answer["success"]) == (400, False)
     assert "must run between begin_weight_update() and end_weight_update()" in answer["message"]
-    assert label(engine) == "default"
+    assert engine.label() == "default"
 
 
 def test_a_session_that_a_crash_left_open_does_not_stop_the_next_transfer(
@@ -125,7 +116,7 @@ def test_a_session_that_a_crash_left_open_does_not_stop_the_next_transfer(
     assert engine.call("/begin_weight_update", {}, "POST")[0] == 400
     sender.store(5, weights(engine.model_b).items())
     transfer(engine, row(sender, 5))
-    assert label(engine) == "5"
+    assert engine.label() == "5"
     status, answer = engine.call("/end_weight_update", {}, "POST")
     assert status == 400, "the transfer ended its own session"
     assert "no weight-update session is open" in answer["message"]
@@ -146,17 +137,17 @@ def test_a_label_given_with_the_first_bucket_lies_about_the_rest(engine: EngineC
         await opened.close()
         await client.close()
 
-    before = digest(engine)
+    before = engine.digest()
     asyncio.run(first_bucket_alone({}))
-    assert label(engine) == "default"
-    assert digest(engine) != before
+    assert engine.label() == "default"
+    assert engine.digest() != before
     asyncio.run(first_bucket_alone({"weight_version": "6"}))
-    assert label(engine) == "6"
+    assert engine.label() == "6"
     engine.update(engine.model_b, "b")
-    whole = digest(engine)
+    whole = engine.digest()
     engine.update(engine.model_a, "default")
     asyncio.run(first_bucket_alone({"weight_version": "6"}))
-    assert digest(engine) != whole, "half a version under a whole label"
+    assert engine.digest() != whole, "half a version under a whole label"
 
 
 def test_a_refused_bucket_does_not_hold_the_sender(engine: EngineClient, sender: WeightSender) -> None:
@@ -177,7 +168,7 @@ def test_a_refused_bucket_does_not_hold_the_sender(engine: EngineClient, sender:
     asyncio.run(work())
     assert time.monotonic() - started_s < TIMEOUT_S / 2
     transfer(engine, row(sender, 7))
-    assert label(engine) == "7"
+    assert engine.label() == "7"
 
 
 def test_an_engine_that_never_comes_costs_the_sender_its_deadline_only() -> None:
@@ -198,7 +189,7 @@ def test_the_sender_wants_its_token(engine: EngineClient) -> None:
         with pytest.raises(SenderRefused, match="wrong or missing bearer token"):
             transfer(engine, row(sender, 1))
         transfer(engine, row(sender, 1), token="secret")
-        assert label(engine) == "1"
+        assert engine.label() == "1"
     finally:
         sender.close()
 

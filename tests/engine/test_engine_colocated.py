@@ -6,7 +6,6 @@ import os
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -63,25 +62,17 @@ def transfer(
     return asyncio.run(work())
 
 
-def digest(engine: EngineClient) -> Any:
-    return engine.post("/weights_checker", {"action": "checksum"})["ranks"][0]["checksums"]
-
-
-def label(engine: EngineClient) -> str:
-    return engine.call("/model_info")[1]["weight_version"]
-
-
 def test_shared_weights_equal_those_from_disk(engine: EngineClient, sharer: WeightSharer) -> None:
     """By checksum of every tensor and by what is sampled."""
-    before, answer_before = digest(engine), engine.generate(max_new_tokens=20)["output_ids"]
+    before, answer_before = engine.digest(), engine.generate(max_new_tokens=20)["output_ids"]
     engine.update(engine.model_b, "disk")
-    from_disk, answer = digest(engine), engine.generate(max_new_tokens=20)["output_ids"]
+    from_disk, answer = engine.digest(), engine.generate(max_new_tokens=20)["output_ids"]
     engine.update(engine.model_a, "again")
-    assert digest(engine) == before != from_disk
+    assert engine.digest() == before != from_disk
     sharer.store(3, weights(engine.model_b).items())
     assert transfer(engine, sharer, 3) > 3
-    assert digest(engine) == from_disk
-    assert label(engine) == "3"
+    assert engine.digest() == from_disk
+    assert engine.label() == "3"
     sampled = engine.generate(max_new_tokens=20)
     assert sampled["output_ids"] == answer != answer_before
     assert sampled["meta_info"]["weight_versions"] == [{"version": "3", "start": 0, "end": 20}]
@@ -110,14 +101,14 @@ def test_the_checksum_notices_a_bucket_that_was_left_out(
 ) -> None:
     """The label does not: it comes with the last bucket, whatever was in the others."""
     engine.update(engine.model_b, "disk")
-    from_disk = digest(engine)
+    from_disk = engine.digest()
     engine.update(engine.model_a, "again")
     sharer.store(3, weights(engine.model_b).items())
     transfer(engine, sharer, 3, kind=mutant)
-    assert label(engine) == "3"
-    assert digest(engine) != from_disk
+    assert engine.label() == "3"
+    assert engine.digest() != from_disk
     transfer(engine, sharer, 3)
-    assert digest(engine) == from_disk
+    assert engine.digest() == from_disk
 
 
 def test_running_request_goes_on_under_the_shared_weights(engine: EngineClient, sharer: WeightSharer) -> None:
@@ -142,9 +133,9 @@ def test_one_sharer_serves_versions_one_after_the_other_from_the_same_memory(
         sharer.store(version, weights(model).items())
         sharer.keep([version])
         transfer(engine, sharer, version)
-        checksums.append(digest(engine))
+        checksums.append(engine.digest())
         held.append(set(shared.glob(mine)) - before)
-        assert label(engine) == str(version)
+        assert engine.label() == str(version)
     assert checksums[0] == checksums[2] != checksums[1]
     assert len(held[0]) == 1
     assert held[0] == held[1] == held[2]
@@ -159,20 +150,20 @@ def test_tensors_outside_a_session_are_refused_at_once(engine: EngineClient) -> 
     status, answer = engine.call("/update_weights_from_tensor", {"serialized_named_tensors": [message]}, "POST")
     assert (status, answer["success"]) == (400, False)
     assert "must run between begin_weight_update() and end_weight_update()" in answer["message"]
-    assert label(engine) == "default"
+    assert engine.label() == "default"
 
 
 def test_tensors_may_travel_in_the_message(engine: EngineClient) -> None:
     """As other trainers send small ones: a pickled list of names and tensors."""
     engine.update(engine.model_b, "disk")
-    from_disk = digest(engine)
+    from_disk = engine.digest()
     engine.update(engine.model_a, "again")
     message = base64.b64encode(pickle.dumps(list(weights(engine.model_b).items()))).decode()
     engine.post("/begin_weight_update")
     body = {"serialized_named_tensors": [message], "weight_version": "9"}
     assert engine.post("/update_weights_from_tensor", body)["success"]
     engine.post("/end_weight_update")
-    assert (digest(engine), label(engine)) == (from_disk, "9")
+    assert (engine.digest(), engine.label()) == (from_disk, "9")
 
 
 def test_the_sharer_wants_its_token(engine: EngineClient) -> None:
@@ -182,7 +173,7 @@ def test_the_sharer_wants_its_token(engine: EngineClient) -> None:
         with pytest.raises(SenderRefused, match="wrong or missing bearer token"):
             transfer(engine, sharer, 1)
         transfer(engine, sharer, 1, token="secret")
-        assert label(engine) == "1"
+        assert engine.label() == "1"
     finally:
         sharer.close()
 

@@ -74,10 +74,6 @@ def clients(server_urls, models) -> list[EngineClient]:
     return [EngineClient(url, models["qwen3"], models["qwen3_b"]) for url in server_urls]
 
 
-def digest(client: EngineClient) -> dict[str, str]:
-    return client.post("/weights_checker", {"action": "checksum"})["ranks"][0]["checksums"]
-
-
 def versions_of_trained(bench, name) -> list[int]:
     """How many weight versions sampled each trained response, from the journal."""
     with sqlite3.connect(RunDir(bench.path / "runs" / name).journal) as journal:
@@ -91,7 +87,7 @@ def test_run_trains_responses_that_span_versions(bench, server_urls, models, tra
     servers = clients(server_urls, models)
     for server in servers:
         server.reset()
-    before, sampled_before = digest(servers[0]), servers[0].generate(max_new_tokens=30)["output_ids"]
+    before, sampled_before = servers[0].digest(), servers[0].generate(max_new_tokens=30)["output_ids"]
     urls = f"rollout.engine_urls=[{','.join(server_urls)}]"
     options = (f"run.name={transport}", f"sync.transport={transport}", f"checkpoint.interval_steps={STEPS}", urls)
     bench.run("run", str(bench.config), *options, timeout_s=500)
@@ -105,13 +101,13 @@ def test_run_trains_responses_that_span_versions(bench, server_urls, models, tra
     held = {int(server.call("/model_info")[1]["weight_version"]): server for server in servers}
     newest, server = max(held.items())
     assert newest == STEPS
-    got = digest(server)
+    got = server.digest()
     assert got != before
     assert server.generate(PROMPT, max_new_tokens=30)["output_ids"] != sampled_before
     bench.run("convert", "megatron-to-hf", f"runs/{transport}", f"{transport}-saved")
     server.reset()
     server.update(bench.path / f"{transport}-saved", "saved")
-    assert digest(server) == got
+    assert server.digest() == got
 
 
 def test_asympo_run_starts_its_own_servers(bench):
