@@ -5,12 +5,13 @@ The schema's own comments are the text: a string literal under a field describes
 
 import ast
 import dataclasses
+import inspect
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from asympo_megatron.config import Config, preset_names, schema
+from asympo_megatron.config import Config, preset_names, rollout_schema, schema
 
 PAGE = Path(__file__).parent.parent / "docs" / "configuration.md"
 
@@ -24,7 +25,7 @@ configuration is saved as `config.yaml` in the run directory. Shipped presets: {
 `model.megatron`, `optimizer.megatron` and `ddp.megatron` take any field of Megatron-Core's `TransformerConfig`,
 `OptimizerConfig` and `DistributedDataParallelConfig`.
 
-This page is made from `asympo_megatron/config/schema.py` by `make docs`.
+This page is made from the schema in `asympo_megatron/config` by `make docs`.
 """
 
 
@@ -69,9 +70,9 @@ def _yaml(value: Any) -> str:
 
 def _comments() -> dict[tuple[str, str], str]:
     """(class, field) to the string literal that follows the field in the source of the schema."""
-    assert schema.__file__ is not None
     found = {}
-    for node in ast.parse(Path(schema.__file__).read_text()).body:
+    sources = [inspect.getsource(module) for module in (schema, rollout_schema)]
+    for node in (node for source in sources for node in ast.parse(source).body):
         if not isinstance(node, ast.ClassDef):
             continue
         for field, after in zip(node.body, node.body[1:], strict=False):

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import msgspec
 
 from asympo_megatron.advantages import compute_advantages
-from asympo_megatron.config.schema import SamplingConfig
+from asympo_megatron.config.rollout_schema import SamplingConfig
 from asympo_megatron.records import Group, Response
 from asympo_megatron.rollout.episodes import Episode
 from asympo_megatron.rollout.rows import StoredGroup

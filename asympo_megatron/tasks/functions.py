@@ -16,7 +16,7 @@ from typing import Any
 
 import tenacity
 
-from asympo_megatron.config.schema import TaskConfig
+from asympo_megatron.config.rollout_schema import TaskConfig
 from asympo_megatron.errors import AsympoError, ConfigError, RewardError, UnknownNameError
 from asympo_megatron.tasks.items import Prompt
 from asympo_megatron.tasks.methods import History, Method, Texts

@@ -13,7 +13,7 @@ from typing import Any
 
 import orjson
 
-from asympo_megatron.config.schema import TaskConfig
+from asympo_megatron.config.rollout_schema import TaskConfig
 from asympo_megatron.errors import TaskError
 from asympo_megatron.tasks.items import Item
 

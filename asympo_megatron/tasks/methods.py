@@ -15,7 +15,7 @@ from typing import Any
 
 import tenacity
 
-from asympo_megatron.config.schema import TaskConfig
+from asympo_megatron.config.rollout_schema import TaskConfig
 from asympo_megatron.errors import RewardError
 from asympo_megatron.tasks.items import Prompt
 from asympo_megatron.tasks.jsonl import last_boxed

@@ -4,7 +4,7 @@ import dataclasses
 import os
 from typing import Any
 
-from asympo_megatron.config.schema import TaskConfig
+from asympo_megatron.config.rollout_schema import TaskConfig
 from asympo_megatron.errors import TaskError, UnknownNameError
 from asympo_megatron.tasks.items import Item
 

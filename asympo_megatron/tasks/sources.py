@@ -1,6 +1,6 @@
 """Which source a task section names."""
 
-from asympo_megatron.config.schema import TaskConfig
+from asympo_megatron.config.rollout_schema import TaskConfig
 from asympo_megatron.errors import TaskError
 from asympo_megatron.tasks.items import Source
 from asympo_megatron.tasks.jsonl import JsonlSource

@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 
 from asympo_megatron.config import Config
-from asympo_megatron.config.schema import TaskConfig
+from asympo_megatron.config.rollout_schema import TaskConfig
 from asympo_megatron.errors import ConfigError, TaskError
 from asympo_megatron.tasks.codec import Codec
 from asympo_megatron.tasks.items import Item, Prompt, Source, is_held_out, same_side

@@ -8,7 +8,7 @@ import pytest
 import torch
 from rank_programs import HF, build
 
-from asympo_megatron.config.schema import SamplingConfig
+from asympo_megatron.config.rollout_schema import SamplingConfig
 from asympo_megatron.mcore import Row
 from asympo_megatron.records import VersionSpan
 from asympo_megatron.rollout.answer import SamplingParams

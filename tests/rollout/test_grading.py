@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from rollout_world import VOCAB, run_async, small_config, world
 
-from asympo_megatron.config.schema import SamplingConfig
+from asympo_megatron.config.rollout_schema import SamplingConfig
 from asympo_megatron.errors import RecordError
 from asympo_megatron.records import Group, Response, VersionSpan, write_groups
 from asympo_megatron.rollout import build_controller

@@ -7,7 +7,7 @@ import pytest
 import tenacity
 
 from asympo_megatron.config import load_config
-from asympo_megatron.config.schema import TaskConfig
+from asympo_megatron.config.rollout_schema import TaskConfig
 from asympo_megatron.errors import ConfigError, EpisodeError, TaskError, UnknownNameError
 from asympo_megatron.tasks import Codec, Environment, Prompt, build_environment, build_scorer
 from asympo_megatron.tasks.functions import open_function

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from asympo_megatron.config.schema import TaskConfig
+from asympo_megatron.config.rollout_schema import TaskConfig
 from asympo_megatron.errors import RewardError
 from asympo_megatron.tasks import Prompt, build_scorer
 from asympo_megatron.tasks.methods import Exact, Math

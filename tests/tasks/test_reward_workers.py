@@ -14,7 +14,7 @@ import pytest
 import tenacity
 
 from asympo_megatron.config import load_config
-from asympo_megatron.config.schema import TaskConfig
+from asympo_megatron.config.rollout_schema import TaskConfig
 from asympo_megatron.errors import ConfigError, RewardError, UnknownNameError
 from asympo_megatron.tasks import Prompt, build_scorer
 from asympo_megatron.tasks.functions import AsyncFunction, FunctionReward, SyncFunction
