@@ -242,7 +242,7 @@ def _leave(weight: torch.Tensor) -> torch.Tensor:
 def _check_layout(config: Config, facts: ModelFacts) -> None:
     parallel = config.parallel
     _check_divisible("parallel.tensor", parallel.tensor, num_attention_heads=facts.num_heads)
-    _check_divisible("parallel.tensor", parallel.tensor, num_key_value_heads=facts.num_kv_heads)
+    _check_kv_heads(parallel.tensor, facts)
     if facts.moe is None or facts.moe.dense_layers:
         _check_divisible("parallel.tensor", parallel.tensor, intermediate_size=facts.ffn_size)
     _check_experts(config, facts)
@@ -261,6 +261,23 @@ def _check_layout(config: Config, facts: ModelFacts) -> None:
             f"batch.max_tokens_per_microbatch={budget} tokens. Lower that to {facts.sliding_window}, or set "
             "sliding_window to null if the model was trained without it."
         )
+
+
+def _check_kv_heads(ranks: int, facts: ModelFacts) -> None:
+    """Fewer of them than ranks: Megatron-Core gathers queries, keys and values, and some ranks share a head."""
+    heads = facts.num_kv_heads
+    if heads % ranks and ranks % heads:
+        raise ConfigError(
+            f"num_key_value_heads={heads} of the model is neither a multiple nor a divisor of "
+            f"parallel.tensor={ranks}. Set parallel.tensor to a multiple or a divisor of {heads}."
+        )
+    if heads < ranks:
+        rows = (facts.num_heads + 2 * heads) * facts.head_dim
+        if rows % ranks:
+            raise ConfigError(
+                f"the query, key and value heads of the model have {rows} rows together, which parallel.tensor={ranks} "
+                f"does not divide. Set parallel.tensor to a divisor of num_key_value_heads={heads}."
+            )
 
 
 def _check_divisible(key: str, ranks: int, **sizes: int) -> None:

@@ -92,8 +92,8 @@ def test_bf16_shards_and_their_index(make_hf: MakeHF, tmp_path: Path) -> None:
 
 def test_the_layout_is_checked_against_the_model(make_hf: MakeHF, tmp_path: Path) -> None:
     _, source = make_hf("llama")
-    with pytest.raises(ConfigError, match=r"num_key_value_heads=2 .*parallel.tensor=4.*divisor of 2"):
-        _convert(source, tmp_path / "m", "parallel.tensor=4")
+    with pytest.raises(ConfigError, match=r"num_attention_heads=4 .*parallel.tensor=8.*divisor of 4"):
+        _convert(source, tmp_path / "m", "parallel.tensor=8")
     with pytest.raises(ConfigError, match=r"num_hidden_layers=2 is not divisible by parallel.pipeline=4"):
         _convert(source, tmp_path / "m", "parallel.pipeline=4")
     assert not (tmp_path / "m").exists()

@@ -34,6 +34,9 @@ MODELS: Mapping[str, dict[str, Any]] = {
 }
 """The second one has what the first lacks: biases of the projections, sharded over TP, and an output weight."""
 
+ONE_KV_HEAD = "qwen2-one-kv-head"
+"""Fewer key and value heads than tensor-parallel ranks: the ranks share one."""
+
 EXPERTS, BALANCED = "qwen3-moe", "qwen3-moe-balanced"
 EXPERT_MODELS: Mapping[str, dict[str, Any]] = {
     EXPERTS: {**TINY_MOE_HF, "router_aux_loss_coef": 0.0},
@@ -147,7 +150,8 @@ class Cell:
     @property
     def hf(self) -> dict[str, Any]:
         """Fields of the model's config.json."""
-        return {**MODELS, **EXPERT_MODELS}[self.model]
+        one_kv_head = {ONE_KV_HEAD: {**MODELS["qwen2-untied"], "num_key_value_heads": 1}}
+        return {**MODELS, **EXPERT_MODELS, **one_kv_head}[self.model]
 
 
 def objective_names() -> list[str]:
@@ -178,6 +182,12 @@ def covering() -> list[Cell]:
     return [Cell(*row) for row in (*dense, *experts)]
 
 
+def shared_kv_head() -> list[Cell]:
+    """ASymPO where tensor-parallel ranks share a key and value head."""
+    layouts = ("TP2", "TP2+SP", "TP2xPP2", "TP2xCP2+SP", "TP2xDP2+SP+distopt")
+    return [Cell(layout, 2, "packed", "asympo", ONE_KV_HEAD) for layout in layouts]
+
+
 def wide() -> list[Cell]:
     """Cells of eight ranks."""
     return [Cell(layout, *values, "asympo") for layout in WIDE_LAYOUTS for values in ((2, "packed"), (4, "padded"))]
@@ -185,7 +195,7 @@ def wide() -> list[Cell]:
 
 def all_cells() -> list[Cell]:
     """The lattice."""
-    return [*full_product(), *covering(), *wide()]
+    return [*full_product(), *covering(), *shared_kv_head(), *wide()]
 
 
 def pairwise(axes: Sequence[Sequence[Any]]) -> list[tuple[Any, ...]]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import p2p_communication, schedules
+from megatron.core.tensor_parallel import mappings
 from torch import Tensor
 
 from asympo_megatron.batch import ObjectiveOutput, ResponseBatch
@@ -116,6 +117,20 @@ def _drop_sequence_marks(learner: Learner) -> None:
 
 
 @contextmanager
+def _own_share_only() -> Iterator[None]:
+    """Ranks that share a key and value head do not sum what their queries send back to it."""
+    gather = mappings._AllGatherFromTensorParallelRegion
+    backward = gather.backward
+    gather.backward = staticmethod(
+        lambda ctx, grad: (grad.chunk(ctx.group.size(), -1)[ctx.group.rank()].contiguous(), None)
+    )
+    try:
+        yield
+    finally:
+        gather.backward = staticmethod(backward)
+
+
+@contextmanager
 def _late_receiver() -> Iterator[None]:
     """What interleaved stages may meet on any day: freed memory is used again at once, and a peer receives late."""
     deallocate, exchange = schedules.deallocate_output_tensor, p2p_communication._p2p_ops
@@ -191,6 +206,7 @@ MUTANTS: Mapping[str, Mutant] = {
     "3-tuple divided by the schedule": Mutant(around=_divided_by_schedule),
     "2-tuple": Mutant(around=_divided_by_schedule, after_build=_use_two_tuple),
     "norm gradients not summed under SP": Mutant(after_build=_drop_sequence_marks),
+    "gradients of a shared head not summed": Mutant(around=_own_share_only),
     "deallocated outputs under VPP": Mutant(around=_late_receiver, after_build=_deallocate_outputs),
     "late receiver": Mutant(around=_late_receiver, after_build=_fix_shapes),
     "no anchor": replace(_wrap(_unanchored), after_build=_remove_anchor),

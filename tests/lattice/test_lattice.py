@@ -10,6 +10,7 @@ from lattice_cells import (
     EXPERT_LAYOUTS,
     LAYOUTS,
     MICROBATCHES,
+    ONE_KV_HEAD,
     PACKINGS,
     Cell,
     all_cells,
@@ -25,6 +26,7 @@ _TWO = [layout for layout, shape in LAYOUTS.items() if shape.ranks == 2]
 FAST = (
     *(Cell(name, MICROBATCHES[i % 3], PACKINGS[i % 2], "asympo") for i, name in enumerate(_TWO)),
     *(Cell(name, 2, "packed", "reinforce", "qwen2-untied") for name in ("TP2+SP", "PP2")),
+    Cell("TP2", 2, "packed", "asympo", ONE_KV_HEAD),
 )
 CELLS = dict.fromkeys([*FAST, *all_cells()])
 SLOW = [pytest.mark.slow, pytest.mark.timeout(2400)]

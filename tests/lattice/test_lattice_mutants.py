@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lattice_cells import Cell
+from lattice_cells import ONE_KV_HEAD, Cell
 from lattice_mutants import HUNG, MUTANTS
 from lattice_run import measure
 
@@ -22,6 +22,7 @@ CASES = {
     "3-tuple divided by the schedule": Cell("CP2", 1, "packed", "asympo"),
     "2-tuple": Cell("CP2", 2, "packed", "reinforce"),
     "norm gradients not summed under SP": Cell("TP2+SP", 1, "packed", "asympo"),
+    "gradients of a shared head not summed": Cell("TP2", 2, "packed", "asympo", ONE_KV_HEAD),
     "deallocated outputs under VPP": Cell("PP2xVPP2", 16, "padded", "asympo"),  # one row each, all of one length
 }
 

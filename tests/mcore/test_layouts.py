@@ -25,9 +25,11 @@ def test_only_the_loss_of_reinforce_depends_on_the_weights(reference: dict[str, 
 
 
 @pytest.mark.slow
-def test_four_way_tensor_parallelism() -> None:
-    heads = {"hf": {"num_key_value_heads": 4}}
-    case = {"config": {"parallel": {"tensor": 4}}, **heads}
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_four_way_tensor_parallelism(kv_heads: int) -> None:
+    """With two key and value heads, two ranks share each."""
+    heads = {"hf": {"num_key_value_heads": kv_heads}}
+    case = {"config": {"parallel": {"tensor": 4, "sequence": kv_heads == 2}}, **heads}
     ranks = run_ranks(f"{PROGRAM}:train_cases", 4, {"cases": {"four": case}}, timeout_s=400)
     got, wanted = ranks[0]["four"], train("reference", heads)
     assert all(rank["four"] == got for rank in ranks), "ranks report different figures"

@@ -92,7 +92,21 @@ def test_window_longer_than_any_sequence_is_full_attention() -> None:
 @pytest.mark.parametrize(
     ("hf", "parallel", "message"),
     [
-        ({}, {"tensor": 4}, "num_key_value_heads=2 of the model is not divisible by parallel.tensor=4"),
+        (
+            {"num_attention_heads": 12, "num_key_value_heads": 4},
+            {"tensor": 6},
+            "num_key_value_heads=4 of the model is neither a multiple nor a divisor of parallel.tensor=6.*divisor of 4",
+        ),
+        (
+            {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 2},
+            {"tensor": 8},
+            "num_attention_heads=4 of the model is not divisible by parallel.tensor=8",
+        ),
+        (
+            {"num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 2},
+            {"tensor": 8},
+            "heads of the model have 20 rows together, which parallel.tensor=8",
+        ),
         ({"intermediate_size": 47}, {"tensor": 2}, "intermediate_size=47"),
         ({}, {"pipeline": 3}, r"num_hidden_layers=4 is not divisible by parallel.pipeline=3"),
         ({}, {"pipeline": 2, "virtual_pipeline": 4}, "virtual_pipeline=4"),
