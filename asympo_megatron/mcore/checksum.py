@@ -18,6 +18,10 @@ _MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
 _MIX_2 = 0x94D049BB133111EB - (1 << 64)
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 
+_PART_BITS, _PARTS = 22, 3
+"""A multiplier in parts for float64 products: 2^15 (bits of a weight) x 2^22 x ``_EXACT_ROWS`` are 2^53, all exact."""
+_EXACT_ROWS = 1 << 16
+
 _BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 
 
@@ -76,16 +80,36 @@ def _sum(name: str, param: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     salt = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big", signed=True)
     of_row = _mix(rows * _GOLDEN + salt) | 1
     of_column = _mix(columns * _GOLDEN + ~salt) | 1
-    total = torch.zeros((), dtype=torch.int64, device=param.device)
     on_cpu = param.device.type == "cpu"
     step = max(1, CHUNK_ELEMENTS["cpu" if on_cpu else "cuda"] // max(1, bits.shape[1]))
-    for start in range(0, len(rows), step):
-        part = slice(start, start + step)
-        values = bits[part].long()
+    if on_cpu and bits.dtype == torch.int16:
+        return _sum_in_float64(bits, of_row, of_column, step)
+    total = torch.zeros((), dtype=torch.int64, device=param.device)
+    buffer = torch.empty((min(step, len(bits)), bits.shape[1]), dtype=torch.int64, device=param.device)
+    for start in range(0, len(bits), step):
+        part = slice(start, min(start + step, len(bits)))
+        values = buffer[: part.stop - start].copy_(bits[part])
         # The product of integers that stores no products exists for CPUs only.
         sums = torch.mv(values, of_column) if on_cpu else values.mul_(of_column).sum(1)
         total += sums.mul_(of_row[part]).sum()
     return total
+
+
+def _sum_in_float64(bits: Tensor, of_row: Tensor, of_column: Tensor, step: int) -> Tensor:
+    """The same sum of 16-bit weights: CPUs multiply matrices of float64 twice as fast as vectors of int64."""
+    mask = (1 << _PART_BITS) - 1
+    parts = torch.stack([of_row & mask, of_row >> _PART_BITS & mask, of_row >> 2 * _PART_BITS]).double()
+    buffer = torch.empty((min(step, len(bits)), bits.shape[1]), dtype=torch.float64)
+    total = torch.zeros(bits.shape[1], dtype=torch.int64)
+    for first in range(0, len(bits), _EXACT_ROWS):
+        last = min(first + _EXACT_ROWS, len(bits))
+        of_parts = torch.zeros((_PARTS, bits.shape[1]), dtype=torch.float64)
+        for start in range(first, last, step):
+            part = slice(start, min(start + step, last))
+            of_parts.addmm_(parts[:, part], buffer[: part.stop - start].copy_(bits[part]))
+        for number, of_part in enumerate(of_parts.long()):
+            total += of_part << number * _PART_BITS
+    return torch.dot(total, of_column)
 
 
 def _mix(x: Tensor) -> Tensor:
