@@ -226,6 +226,20 @@ class ShareBucketReply(msgspec.Struct, frozen=True):
     messages: list[str]
 
 
+class BringVersionRequest(msgspec.Struct, frozen=True):
+    """Controller to the mirror of an engine's host: have a whole copy of ``version`` there."""
+
+    transfer: str
+    """Name of the transfer, never used before."""
+    version: int
+
+
+class BringVersionReply(msgspec.Struct, frozen=True):
+    """Directory of the copy, on that host; it stays until the transfer is released."""
+
+    path: str
+
+
 class ErrorReply(msgspec.Struct, frozen=True):
     """Body of every answer that is not 200. ``kind`` is a class name of :mod:`asympo_megatron.errors`."""
 

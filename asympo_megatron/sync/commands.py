@@ -1,4 +1,4 @@
-"""Commands of the controller to the trainer: msgpack over HTTP, answered by a thread beside the learner."""
+"""Commands of the controller: msgpack over HTTP, answered by threads beside the learner, or on an engine's host."""
 
 import logging
 import secrets
@@ -22,13 +22,14 @@ class CommandServer:
     """Answers until it is closed.
 
     Args:
-        host: address to listen on; any free port.
+        host: address to listen on.
         token: bearer token that a caller must show; None: everybody may call.
         calls: what can be asked.
+        port: 0 takes any free one.
     """
 
-    def __init__(self, host: str, token: str | None, calls: Calls) -> None:
-        self._server = ThreadingHTTPServer((host, 0), _handler(token, calls))
+    def __init__(self, host: str, token: str | None, calls: Calls, port: int = 0) -> None:
+        self._server = ThreadingHTTPServer((host, port), _handler(token, calls))
         self._server.daemon_threads = True
         self._thread = threading.Thread(target=self._server.serve_forever, name="weight-commands", daemon=True)
         self._thread.start()

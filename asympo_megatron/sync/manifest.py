@@ -34,6 +34,15 @@ class Manifest(msgspec.Struct, frozen=True):
     """Checksum of the weights, as the trainer computes and logs it."""
     files: dict[str, FileEntry]
     format: int = 1
+    base: int | None = None
+    """Version of which these files are changes; None: they are a version by themselves."""
+    result: dict[str, FileEntry] = {}
+    """With a base: the files of the whole version, as they are once the changes are applied."""
+
+    @property
+    def whole(self) -> dict[str, FileEntry]:
+        """The files of the whole version, wherever they lie."""
+        return self.files if self.base is None else self.result
 
 
 def version_path(root: str | Path, version: int) -> Path:
@@ -115,8 +124,9 @@ def file_digest(file: Path) -> str:
 def prune_versions(root: str | Path, keep_last: int, in_use: Collection[int] = ()) -> list[int]:
     """Remove old versions and abandoned temporaries.
 
-    The newest ``keep_last`` versions (at least one) and every version in ``in_use`` stay. A temporary directory is
-    abandoned when a version at least as new is complete: versions are never used twice.
+    The newest ``keep_last`` versions (at least one) and every version in ``in_use`` stay, with all that they are
+    changes of. A temporary directory is abandoned when a version at least as new is complete: versions are never used
+    twice.
 
     Returns:
         The versions removed.
@@ -125,7 +135,9 @@ def prune_versions(root: str | Path, keep_last: int, in_use: Collection[int] = (
     versions = list_versions(root)
     if not versions:
         return []
-    removed = [version for version in versions[: -max(keep_last, 1)] if version not in in_use]
+    kept = {*versions[-max(keep_last, 1) :], *in_use}
+    kept |= {base for version in kept & {*versions} for base in _bases(root, version)}
+    removed = [version for version in versions if version not in kept]
     for version in removed:
         # Renamed first: a removal cut short must not leave a directory that looks like a version.
         doomed = temporary_path(root, version, "removed")
@@ -136,3 +148,14 @@ def prune_versions(root: str | Path, keep_last: int, in_use: Collection[int] = (
         if match and int(match[1]) <= versions[-1]:
             shutil.rmtree(entry, ignore_errors=True)
     return removed
+
+
+def _bases(root: Path, version: int) -> list[int]:
+    """The versions that one is made from, newest first; of a damaged one, as many as can be told."""
+    bases: list[int] = []
+    try:
+        while (base := read_manifest(version_path(root, version)).base) is not None and base < version:
+            bases.append(version := base)
+    except PublishError:
+        pass
+    return bases
