@@ -8,7 +8,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -30,6 +30,9 @@ from asympo_megatron.sync.manifest import (
 from asympo_megatron.sync.shard_file import ShardFile
 
 SHARD_BYTES = 4 << 30
+_SEALERS = 8
+"""Threads that bring files to the disk and hash them."""
+
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".index.json")
 
 
@@ -90,15 +93,16 @@ def write_model(
     """
     try:
         temporary.mkdir(parents=True)
-        names = copy_model_files(Path(model_files), temporary)
-        names += _write_shards(temporary, _prepared(tensors, dtype), shard_bytes)
-        with ThreadPoolExecutor(1) as disk:  # takes the files while they are hashed
-            flushed = [disk.submit(fsync, temporary / name) for name in names]
-            digests = file_digests([temporary / name for name in names])
-        for flush in flushed:
-            flush.result()
-        sizes = [(temporary / name).stat().st_size for name in names]
-        entries = [FileEntry(size, digest) for size, digest in zip(sizes, digests, strict=True)]
+        with ThreadPoolExecutor(_SEALERS, "seal") as threads:
+            names = copy_model_files(Path(model_files), temporary)
+            sealed = [_seal(temporary / name, threads) for name in names]
+            shards = []
+            for shard in _write_shards(temporary, _prepared(tensors, dtype), shard_bytes):
+                shards.append(shard)
+                sealed.append(_seal(shard.path, threads))
+            entries = [entry() for entry in sealed]
+            names += _name_shards(temporary, shards)
+            entries += [_seal(temporary / name, threads)() for name in names[len(entries) :]]
         manifest = msgspec.structs.replace(described, files=dict(zip(names, entries, strict=True)))
         (temporary / MANIFEST_NAME).write_bytes(msgspec.json.format(msgspec.json.encode(manifest)))
         for name in (MANIFEST_NAME, "."):
@@ -137,34 +141,48 @@ def _prepared(tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None) 
         raise PublishError("no tensor was given; a version without weights cannot be loaded.")
 
 
-def _write_shards(folder: Path, tensors: Iterator[tuple[str, Tensor]], shard_bytes: int) -> list[str]:
-    """Write shards as they fill. Their number is known only at the end, so the final names are given then."""
-    shards = [ShardFile(folder / "shard-0")]
+def _seal(file: Path, threads: ThreadPoolExecutor) -> Callable[[], FileEntry]:
+    """Bring a file that is whole to the disk and hash it, while others are written; the call waits for both."""
+    size = file.stat().st_size
+    flush, digest = threads.submit(fsync, file), threads.submit(file_digests, [file])
+
+    def entry() -> FileEntry:
+        flush.result()
+        return FileEntry(size, digest.result()[0])
+
+    return entry
+
+
+def _write_shards(folder: Path, tensors: Iterator[tuple[str, Tensor]], shard_bytes: int) -> Iterator[ShardFile]:
+    """Shards, each as soon as it is full and written."""
+    shard = ShardFile(folder / "shard-0")
+    count = 1
     try:
         for name, tensor in tensors:
-            shard = shards[-1]
             full = shard.data_bytes + tensor.nbytes > shard_bytes or not shard.has_room_for(name, tensor)
             if shard.names and full:
                 shard.close()
-                shard = ShardFile(folder / f"shard-{len(shards)}")
-                shards.append(shard)
+                yield shard
+                shard = ShardFile(folder / f"shard-{count}")
+                count += 1
             shard.add(name, tensor)
             del tensor
-        shards[-1].close()
+        shard.close()
+        yield shard
     finally:
-        shards[-1].abandon()
-    return _name_shards(folder, [shard.names for shard in shards], sum(shard.data_bytes for shard in shards))
+        shard.abandon()
 
 
-def _name_shards(folder: Path, shards: list[list[str]], total_bytes: int) -> list[str]:
+def _name_shards(folder: Path, shards: list[ShardFile]) -> list[str]:
+    """Their number is known only at the end, so the final names are given then; with an index if there are several."""
     if len(shards) == 1:
-        (folder / "shard-0").rename(folder / "model.safetensors")
+        shards[0].path.rename(folder / "model.safetensors")
         return ["model.safetensors"]
     files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
-    for number, file in enumerate(files):
-        (folder / f"shard-{number}").rename(folder / file)
-    weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+    for file, shard in zip(files, shards, strict=True):
+        shard.path.rename(folder / file)
+    weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard.names}
+    index = {"metadata": {"total_size": sum(shard.data_bytes for shard in shards)}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
     return [*files, "model.safetensors.index.json"]
 

@@ -47,7 +47,7 @@ class ShardFile:
     """
 
     def __init__(self, path: Path, header_bytes: int = HEADER_BYTES) -> None:
-        self._path, self._room = path, header_bytes
+        self.path, self._room = path, header_bytes
         self._header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         self._header_size = len(_encoded(self._header))
         self._held: list[Tensor] = []
@@ -101,12 +101,12 @@ class ShardFile:
     def _entry(self, tensor: Tensor) -> dict[str, Any]:
         if tensor.dtype not in DTYPES:
             known = ", ".join(str(dtype) for dtype in DTYPES)
-            raise PublishError(f"{self._path.name}: tensors of {tensor.dtype} cannot be written; convert to {known}.")
+            raise PublishError(f"{self.path.name}: tensors of {tensor.dtype} cannot be written; convert to {known}.")
         offsets = [self.data_bytes, self.data_bytes + tensor.nbytes]
         return {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
 
     def _flush_held(self, room: int) -> None:
-        self._file = self._path.open("wb")
+        self._file = self.path.open("wb")
         self._file.write(struct.pack("<Q", room) + b" " * room)
         for tensor in self._held:
             self._file.write(_bytes(tensor))

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from asympo_megatron.errors import PublishError
 from asympo_megatron.sync import (
     disk,
     list_versions,
+    manifest,
     prune_versions,
     read_manifest,
     shard_file,
@@ -111,6 +113,42 @@ def test_tensors_are_held_one_at_a_time(tmp_path: Path, model_files: Path, monke
     assert most == 0, "a tensor is given up before the next is gathered"
 
 
+def test_a_shard_that_is_full_is_hashed_while_the_next_is_written(
+    tmp_path: Path, model_files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed = threading.Event()
+
+    def digests(files: list[Path]) -> list[str]:
+        found = manifest.file_digests(files)
+        if files[0].name == "shard-0":
+            hashed.set()
+        return found
+
+    def stream() -> Iterator[tuple[str, Tensor]]:
+        yield from [("a", torch.ones(10)), ("b", torch.ones(10))]  # the second does not fit: the first shard is full
+        assert hashed.wait(60)
+        yield "c", torch.ones(10)
+
+    monkeypatch.setattr(disk, "file_digests", digests)
+    verify_version(write_version(tmp_path / "w", 1, 1, stream(), "x", model_files, shard_bytes=40))
+
+
+def test_every_file_is_on_the_disk_before_the_version_has_its_name(
+    tmp_path: Path, model_files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: set[int] = set()
+
+    def flush(path: Path) -> None:
+        if path == tmp_path / "w":  # after the rename
+            (version,) = path.iterdir()
+            assert {file.stat().st_ino for file in (version, *version.iterdir())} == flushed
+        flushed.add(path.stat().st_ino)
+
+    monkeypatch.setattr(disk, "fsync", flush)
+    path = write_version(tmp_path / "w", 1, 1, TENSORS.items(), "x", model_files, shard_bytes=100)
+    assert len(flushed) == 2 + len(os.listdir(path)) == 8
+
+
 @pytest.mark.parametrize("held_bytes", [0, 1 << 20])
 def test_the_library_reads_what_was_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held_bytes: int) -> None:
     """Held back or streamed behind room for the header; every dtype, no elements, no axes, names of any length."""
@@ -183,7 +221,7 @@ def test_a_full_disk_leaves_nothing_and_says_what_to_do(
     publish(root, 1, model_files)
 
     def full(self: shard_file.ShardFile, name: str, tensor: Tensor) -> None:
-        self._path.write_bytes(b"half a shard")
+        self.path.write_bytes(b"half a shard")
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(shard_file.ShardFile, "add", full)
