@@ -101,6 +101,13 @@ def engine(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def mirror(arguments: argparse.Namespace) -> int:
+    from asympo_megatron.launch.mirror import serve_mirror
+
+    serve_mirror(_load(arguments))
+    return 0
+
+
 def report(arguments: argparse.Namespace) -> int:
     from asympo_megatron.metrics import write_report
 

@@ -41,6 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     _role(verbs, "train", commands.train, "the trainer alone (one rank, or started by torchrun)")
     _role(verbs, "control", commands.control, "the controller alone")
     _role(verbs, "engine", commands.engine, "one embedded engine (SGLang's protocol around a transformers model)")
+    _role(verbs, "mirror", commands.mirror, "an engine's host: published deltas made whole (sync.deltas)")
     convert.add_parser(verbs)
     for name, command, text in (
         ("report", commands.report, "write RUN_DIR/report.html"),

@@ -51,6 +51,7 @@ AT_LEAST: Mapping[str, float] = {
     "sync.interval_steps": 1,
     "sync.bucket_bytes": 1,
     "sync.keep_last": 1,
+    "sync.deltas": 0,
     "checkpoint.interval_steps": 0,
     "checkpoint.keep_last": 1,
 }
@@ -105,6 +106,7 @@ RULES: Mapping[str, _Rule] = {
     "rollout.sampling.stop_token_ids": (lambda ids: all(one >= 0 for one in ids), "token ids start at 0"),
     "rollout.eval.top_p": _TOP_P,
     "task.environment": (lambda name: name is None or ":" in name, "a function is named pkg.mod:fn; null: none"),
+    "sync.mirror_port": _PORT,
     "logging.prometheus_port": _PORT,
 }
 """A condition of a value, and what the message says when it does not hold."""

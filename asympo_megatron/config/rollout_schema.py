@@ -145,8 +145,15 @@ class SyncConfig:
     bucket_bytes: int = 268_435_456
     """collective, colocated: weights travel in buckets of at most this size (a larger tensor alone)."""
     spool_dir: str | None = None
-    """collective, colocated: local directory where versions wait for engines, up to three at a time; null: the system's
-    temporary one. /dev/shm keeps them in memory."""
+    """collective, colocated: local directory where versions wait for engines, up to three at a time; deltas: where the
+    trainer and each mirror keep two whole versions. null: the system's temporary one. /dev/shm keeps them in memory."""
+    deltas: int = 0
+    """disk: so many versions after a whole one are published as changed elements alone, which `asympo mirror` on each
+    engine's host makes whole there; 0: every version whole."""
+    mirror_host: str = "127.0.0.1"
+    """Address `asympo mirror` listens on; 0.0.0.0 opens it to the network: set a token."""
+    mirror_port: int = 0
+    """Port of the mirror on every engine's host; 0: any free one (`asympo run` tells its children)."""
     interval_steps: int = 1
     """Publish after every this many optimizer steps; at most rollout.max_lag_steps + 1."""
     pause_mode: str = "in_place"

@@ -22,6 +22,7 @@ def validate(config: Config) -> None:
     _check_evaluation(config)
     _check_addresses(config)
     _check_colocated(config)
+    _check_deltas(config)
     _check_parallel(config)
     _check_model(config)
 
@@ -162,6 +163,27 @@ def _check_colocated(config: Config) -> None:
         raise ConfigError(
             f"sync.transport=colocated shares memory with engines on loopback addresses, but {(urls + hosts)[0]}. "
             "Set sync.transport to disk or collective, or start the engines here on 127.0.0.1."
+        )
+
+
+def _check_deltas(config: Config) -> None:
+    sync, rollout = config.sync, config.rollout
+    if not sync.deltas:
+        return
+    if sync.transport != "disk":
+        raise ConfigError(
+            f"sync.deltas={sync.deltas} is for sync.transport=disk, but it is {sync.transport}: what comes from memory "
+            "comes whole. Set sync.deltas=0."
+        )
+    if rollout.engine_urls and not sync.mirror_port:
+        raise ConfigError(
+            f"sync.deltas={sync.deltas} needs the mirrors of the hosts in rollout.engine_urls: start `asympo mirror` "
+            "there, and set sync.mirror_port to their port."
+        )
+    if not is_loopback(sync.mirror_host) and rollout.controller_token is None:
+        raise ConfigError(
+            f"sync.mirror_host={sync.mirror_host} opens the mirror to the network. Set rollout.controller_token to a "
+            "secret, or listen on 127.0.0.1."
         )
 
 

@@ -133,18 +133,28 @@ def _run_roles(
 
 def _start_rollout(config: Config, run_dir: RunDir, model_dir: Path, children: Children) -> list[str]:
     """Start engines and controller; returns the overrides that tell the trainer where they are."""
-    rollout = config.rollout
+    rollout, where = config.rollout, list[str]()
     urls = list(rollout.engine_urls)
     if rollout.source == "engines" and not urls:
         environment = engine_environment(config)
+        where += _start_mirror(config, run_dir, children)
         for index in range(rollout.num_engines):
             port = free_port(rollout.engine_host)
             children.start(f"engine{index}", engine_command(config, model_dir, port, index), environment)
             urls.append(f"http://{rollout.engine_host}:{port}")
     port = rollout.controller_port or free_port(rollout.controller_host)
-    where = [f"rollout.controller_port={port}", f"rollout.engine_urls=[{','.join(urls)}]"]
+    where += [f"rollout.controller_port={port}", f"rollout.engine_urls=[{','.join(urls)}]"]
     children.start("controller", asympo_command("control", str(run_dir.config), *where), ROLE_ENV)
     return [f"rollout.controller_url=http://{rollout.controller_host}:{port}"]
+
+
+def _start_mirror(config: Config, run_dir: RunDir, children: Children) -> list[str]:
+    """Start what makes deltas whole for the engines of this machine, if there are any; returns where it is."""
+    if not config.sync.deltas:
+        return []
+    where = [f"sync.mirror_port={config.sync.mirror_port or free_port(config.sync.mirror_host)}"]
+    children.start("mirror", asympo_command("mirror", str(run_dir.config), *where), ROLE_ENV)
+    return where
 
 
 def _watch(children: Children, trainer: Child, console: RunConsole) -> None:

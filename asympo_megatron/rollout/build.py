@@ -25,6 +25,7 @@ from asympo_megatron.rollout.install import SyncOptions
 from asympo_megatron.rollout.interfaces import Environment, Scorer, Task
 from asympo_megatron.rollout.journal import Journal
 from asympo_megatron.rollout.ledger import Ledger
+from asympo_megatron.rollout.mirrored import Mirrored
 from asympo_megatron.rollout.parts import Parts
 from asympo_megatron.rollout.replay import ReplaySampler
 from asympo_megatron.rollout.requester import Requester
@@ -228,17 +229,19 @@ def _targets(config: Config, journal: Journal, ledger: Ledger) -> Targets:
 
 
 def _sync_options(config: Config, backoff_s: float) -> SyncOptions:
-    rollout = config.rollout
-    reached = (run_prefix(config.run.name), rollout.controller_token, rollout.engine_timeout_s)
+    rollout, sync = config.rollout, config.sync
+    prefix, token = run_prefix(config.run.name), rollout.controller_token
+    reached = (prefix, token, rollout.engine_timeout_s)
     return SyncOptions(
-        run_prefix=run_prefix(config.run.name),
-        pause_mode=config.sync.pause_mode,
-        timeout_s=config.sync.timeout_s,
+        run_prefix=prefix,
+        pause_mode=sync.pause_mode,
+        timeout_s=sync.timeout_s,
         start_timeout_s=rollout.engine_start_timeout_s,
         silence_s=rollout.engine_timeout_s,
         collective=Collective(*reached),
         colocated=Colocated(*reached),
-        local_only=config.sync.transport == "colocated",
+        mirrored=Mirrored(prefix, token, sync.mirror_port, sync.timeout_s) if sync.deltas else None,
+        local_only=sync.transport == "colocated",
         backoff_s=backoff_s,
     )
 

@@ -8,6 +8,7 @@ from asympo_megatron.protocol import COLOCATED
 from asympo_megatron.rollout.collective import Collective
 from asympo_megatron.rollout.colocated import Colocated
 from asympo_megatron.rollout.fleet import Engine
+from asympo_megatron.rollout.mirrored import Mirrored
 from asympo_megatron.rollout.rows import VersionRow
 
 
@@ -24,6 +25,7 @@ class SyncOptions:
             version after every quarter of this, once, and has the other three quarters to answer. One that has
             requests and gave no good answer for a quarter is asked for a token, and has half of this to sample it.
         collective, colocated: how weights that lie with the trainer reach an engine.
+        mirrored: how weights published as changes do; None: published versions are whole.
         local_only: engines of other machines are refused.
         backoff_s: pause after the first failure; doubles.
     """
@@ -35,6 +37,7 @@ class SyncOptions:
     silence_s: float
     collective: Collective
     colocated: Colocated
+    mirrored: Mirrored | None = None
     local_only: bool = False
     backoff_s: float = 0.5
 
@@ -76,9 +79,9 @@ async def _load(engine: Engine, row: VersionRow, options: SyncOptions, *, fresh:
     # A real server ignores an abort by a mere prefix (no request has that very id): the pause must end them.
     mode = "abort" if fresh or goes_back else options.pause_mode
     label, flush_cache = str(row.version), mode != "in_place"
-    if row.in_memory:
-        way = options.colocated if row.path.startswith(COLOCATED) else options.collective
-        transfer = await way.open(client, row)  # before the pause: meeting takes time
+    way = _way(row, options)
+    if way is not None:
+        transfer = await way.open(client, row)  # before the pause: it takes time
         try:
             await client.pause(mode)
             await transfer.run(label, flush_cache=flush_cache)
@@ -89,6 +92,13 @@ async def _load(engine: Engine, row: VersionRow, options: SyncOptions, *, fresh:
         await client.pause(mode)
         await client.update_weights(row.path, label, flush_cache=flush_cache, timeout_s=options.timeout_s)
         await _go_on(engine, row, options)
+
+
+def _way(row: VersionRow, options: SyncOptions) -> Collective | Colocated | Mirrored | None:
+    """What brings a version to an engine; None: the engine reads what was published."""
+    if not row.in_memory:
+        return options.mirrored
+    return options.colocated if row.path.startswith(COLOCATED) else options.collective
 
 
 async def _go_on(engine: Engine, row: VersionRow, options: SyncOptions) -> None:

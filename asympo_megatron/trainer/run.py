@@ -10,9 +10,10 @@ from asympo_megatron.errors import AsympoError, ConfigError
 from asympo_megatron.mcore import Checkpoints, Layout, Learner, initialize, shutdown
 from asympo_megatron.metrics import MetricsWriter, open_sinks
 from asympo_megatron.objectives import Objective, build_objective, penalize_kl
+from asympo_megatron.sync.own_folder import OwnFolder, run_label
 from asympo_megatron.sync.sender import WeightSender
 from asympo_megatron.sync.sharer import WeightSharer
-from asympo_megatron.sync.transport import DiskTransport, SenderTransport, Transport
+from asympo_megatron.sync.transport import DeltaTransport, DiskTransport, SenderTransport, Transport
 from asympo_megatron.tasks import load_task, prepare_model_dir
 from asympo_megatron.trainer.client import ControllerClient
 from asympo_megatron.trainer.exchange import Exchange
@@ -134,6 +135,9 @@ def _source(
 
 def _transport(config: Config, layout: Layout, run_dir: RunDir, model_dir: Path) -> Transport:
     sync = config.sync
+    if sync.deltas:
+        folder = OwnFolder(sync.spool_dir, f"asympo-trainer-{run_label(run_dir.path)}")
+        return DeltaTransport(run_dir.weights, model_dir, sync.keep_last, sync.deltas, folder)
     if sync.transport == "disk":
         return DiskTransport(run_dir.weights, model_dir, sync.keep_last)
     token = config.rollout.controller_token

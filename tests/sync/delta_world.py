@@ -58,9 +58,9 @@ def make_transport(path: Path, deltas: int, keep_last: int = 1) -> DeltaTranspor
     return DeltaTransport(path / "weights", model, keep_last, deltas, OwnFolder(path / "spool", "trainer"))
 
 
-def make_mirror(path: Path, lease_s: float = 60.0) -> Mirror:
+def make_mirror(path: Path, lease_s: float = 60.0, port: int = 0) -> Mirror:
     folder = OwnFolder(path / "spool", "mirror")
-    return Mirror(path / "weights", folder, "127.0.0.1", 0, None, lease_s, backoff_s=0.001)
+    return Mirror(path / "weights", folder, "127.0.0.1", port, None, lease_s, backoff_s=0.001)
 
 
 def some_weights() -> Weights:
