@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from asympo_megatron.errors import CheckpointError, DamagedCheckpointError
 from asympo_megatron.mcore import distopt
+from asympo_megatron.mcore.checkpoint_files import check_files
 from asympo_megatron.mcore.marker import check_model, check_run, layout_of, read_marker
 from asympo_megatron.mcore.model import policy_models
 
@@ -34,8 +35,9 @@ def load(learner: "Learner", directory: Path, *, weights_only: bool) -> None:
     # One rank reads for all: on a shared file system the others may not see the same, or nothing yet.
     marker = on_rank0(learner, lambda: read_marker(directory))
     check_model(marker, learner.plan.facts, directory)
-    if not weights_only:
+    if not weights_only:  # weights have a checksum of their own
         check_run(marker, learner.config, directory)
+        check_files(directory, marker.get("files", {}))
     same_layout = marker["layout"] == layout_of(learner.config, learner.layout.world_size)
     state = sharded_state(learner, loading=True, weights_only=weights_only, same_layout=same_layout)
     try:

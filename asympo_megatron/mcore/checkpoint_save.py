@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from asympo_megatron.errors import CheckpointError
 from asympo_megatron.files import fsync
 from asympo_megatron.mcore.checkpoint import last_line, on_rank0, sharded_state
+from asympo_megatron.mcore.checkpoint_files import gathered, own_digests, with_the_rest
 from asympo_megatron.mcore.marker import make_marker, write_marker
 
 if TYPE_CHECKING:
@@ -76,11 +77,12 @@ class Saving:
             checksum=learner.checksum(),
         )
         self._writer: threading.Thread | None = None
+        self._digests: dict[str, str] = {}
         with self._failing_together(), in_process_results():
             self._request: Any = _plan(learner, self._temporary)
         if background and self._request.async_fn is not None:  # a rank may have nothing to write
             buckets = snapshot(self._request)
-            self._writer = threading.Thread(target=write_buckets, args=(self._request, buckets), name="checkpoint")
+            self._writer = threading.Thread(target=self._write, args=(buckets,), name="checkpoint")
             self._writer.start()
         self._background = background
 
@@ -103,7 +105,16 @@ class Saving:
                     finalize()
             else:
                 self._request.execute_sync()
-        on_rank0(self._learner, lambda: _finish(self._temporary, self._directory, self._marker))
+                self._digest()
+        files = gathered(self._digests)
+        on_rank0(self._learner, lambda: _finish(self._temporary, self._directory, self._marker, files))
+
+    def _write(self, buckets: list[Any]) -> None:
+        write_buckets(self._request, buckets)
+        self._digest()
+
+    def _digest(self) -> None:
+        self._digests = own_digests(self._temporary, self._learner.layout.rank)
 
     @contextlib.contextmanager
     def _failing_together(self) -> Iterator[None]:
@@ -227,9 +238,9 @@ def _prepare(directory: Path, needed_bytes: int) -> str:
     return temporary.name
 
 
-def _finish(temporary: Path, directory: Path, marker: dict[str, Any]) -> None:
+def _finish(temporary: Path, directory: Path, marker: dict[str, Any], digests: dict[str, str]) -> None:
     for file in temporary.iterdir():  # shards are on the disk already, what describes them may not be
         fsync(file)
-    write_marker(temporary, marker)
+    write_marker(temporary, {**marker, "files": with_the_rest(temporary, digests)})
     os.rename(temporary, directory)
     fsync(directory.parent)  # the rename itself must survive a power cut

@@ -69,11 +69,15 @@ def read_marker(directory: Path) -> dict[str, Any]:
         )
     if marker.get("format") != FORMAT:
         raise CheckpointError(f"checkpoint {directory} has format {marker.get('format')}, expected {FORMAT}.")
-    step, checksum = marker.get("step"), marker.get("checksum")
+    step, checksum, files = marker.get("step"), marker.get("checksum"), marker.get("files", {})
     if type(step) is not int or not 0 <= step <= MAX_STEP or not isinstance(checksum, str):
         raise CheckpointError(
             f"checkpoint {directory} is damaged: its {MARKER!r} file has step {step!r} and checksum {checksum!r}. "
             "Use an older one."
+        )
+    if not isinstance(files, dict) or not all(isinstance(digest, str) for digest in files.values()):
+        raise CheckpointError(
+            f"checkpoint {directory} is damaged: its {MARKER!r} file has files={files!r:.80}. Use an older one."
         )
     return marker
 

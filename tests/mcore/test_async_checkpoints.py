@@ -1,5 +1,6 @@
 """Checkpoints written while training goes on: the bits of the moment they were begun, or nothing."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from rank_programs import build, make_rows
 
 from asympo_megatron.errors import CheckpointError
 from asympo_megatron.mcore import Checkpoints, checkpoint_save
+from asympo_megatron.mcore.marker import MARKER
 from asympo_megatron.testing.megatron import RankError, run_ranks
 
 
@@ -29,6 +31,10 @@ def _check(result: dict[str, Any], case: dict[str, Any]) -> None:
     for shard in shards:
         one, other = (Path(case[which]) / shard for which in ("at_once", "meanwhile"))
         assert one.read_bytes() == other.read_bytes(), shard
+    for which in ("at_once", "meanwhile"):
+        folder = Path(case[which])
+        files = json.loads((folder / MARKER).read_text())["files"]
+        assert set(files) == {path.name for path in folder.iterdir()} - {MARKER}, "a file has no digest"
 
 
 @pytest.mark.parametrize("distributed", [False, True])

@@ -1,15 +1,19 @@
 """Checkpoints that say they are complete and are not what was saved: a run goes on from the one before."""
 
+import json
 import logging
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from rank_programs import PROGRAM, build, make_rows
 
 from asympo_megatron.errors import CheckpointError, DamagedCheckpointError
 from asympo_megatron.mcore import Checkpoints, Learner
+from asympo_megatron.mcore.marker import MARKER
 from asympo_megatron.testing.megatron import run_ranks
 
 
@@ -32,20 +36,45 @@ def _shard(directory: Path) -> Path:
     return sorted(directory.glob("*.distcp"))[0]
 
 
-def _change_a_weight(directory: Path, learner: Learner) -> None:
-    weight = next(learner.shards()).param.detach().numpy().tobytes()[:64]
-    (shard,) = (file for file in directory.glob("*.distcp") if weight in file.read_bytes())
+def _flip_a_bit(directory: Path, values: torch.Tensor) -> None:
+    """In the shard that holds these values."""
+    sought = values.detach().numpy().tobytes()[:64]
+    (shard,) = (file for file in directory.glob("*.distcp") if sought in file.read_bytes())
     data = bytearray(shard.read_bytes())
-    data[data.index(weight) + 7] ^= 1
+    data[data.index(sought) + 7] ^= 1
     shard.write_bytes(data)
 
 
+def _change_a_weight(directory: Path, learner: Learner) -> None:
+    _flip_a_bit(directory, next(learner.shards()).param)
+
+
+def _change_a_moment(directory: Path, learner: Learner) -> None:
+    (state, *_) = learner.optimizer.optimizer.state.values()
+    _flip_a_bit(directory, state["exp_avg_sq"])
+
+
+def _forget_digests(directory: Path) -> None:
+    """As an earlier version saved it."""
+    marker = json.loads((directory / MARKER).read_text())
+    del marker["files"]
+    (directory / MARKER).write_text(json.dumps(marker))
+
+
+def _undigested(change: Callable[[Path, Learner], object]) -> Callable[[Path, Learner], object]:
+    return lambda directory, learner: (change(directory, learner), _forget_digests(directory))
+
+
 DAMAGE: dict[str, tuple[Callable[[Path, Learner], object], str]] = {
-    "truncated": (lambda d, _: os.truncate(_shard(d), 5000), "could not be read"),
-    "no shard": (lambda d, _: _shard(d).unlink(), "could not be read"),
-    "description": (lambda d, _: (d / ".metadata").write_bytes(b"junk"), "could not be read"),
-    "format": (lambda d, _: (d / "metadata.json").write_text("{"), "could not be read"),
-    "one bit": (_change_a_weight, "was saved with weights of checksum"),
+    "truncated": (lambda d, _: os.truncate(_shard(d), 5000), r"__0_0.distcp has sha256 \w{16}\.\.\., was saved with"),
+    "no shard": (lambda d, _: _shard(d).unlink(), r"__0_0.distcp cannot be read \(No such file"),
+    "description": (lambda d, _: (d / ".metadata").write_bytes(b"junk"), r"is damaged: \.metadata has sha256"),
+    "format": (lambda d, _: (d / "metadata.json").write_text("{"), "is damaged: metadata.json has sha256"),
+    "a bit of a weight": (_change_a_weight, "distcp has sha256"),
+    "a bit of a moment": (_change_a_moment, "distcp has sha256"),
+    "truncated, no digests": (_undigested(lambda d, _: os.truncate(_shard(d), 5000)), "could not be read"),
+    "description, no digests": (_undigested(lambda d, _: (d / ".metadata").write_bytes(b"x")), "could not be read"),
+    "a bit of a weight, no digests": (_undigested(_change_a_weight), "was saved with weights of checksum"),
 }
 
 
@@ -59,7 +88,7 @@ def test_the_one_before_is_named_and_used(
     _, _, resumed = build({"config": {"batch": {"max_tokens_per_microbatch": 2048}}})
     with caplog.at_level(logging.WARNING):
         assert checkpoints.resume(resumed) == tmp_path / "step_000002"
-    assert reason in caplog.text
+    assert re.search(reason, caplog.text)
     assert "step_000003" in caplog.text
     assert "using step_000002" in caplog.text
     assert (resumed.step_count, resumed.checksum()) == (2, checksums[2])
@@ -77,7 +106,7 @@ def test_without_a_good_one_nothing_is_touched(tmp_path: Path, one_rank: None) -
     checkpoints, learner, _ = _saved(tmp_path, 2)
     for step in (1, 2):
         os.truncate(_shard(tmp_path / f"step_{step:06d}"), 5000)
-    with pytest.raises(DamagedCheckpointError, match="step_000002 could not be read"):
+    with pytest.raises(DamagedCheckpointError, match=r"step_000002 is damaged: __0_0\.distcp has sha256"):
         checkpoints.resume(learner)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000001", "step_000002"]
 
