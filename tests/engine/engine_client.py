@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from asympo_megatron.testing.polling import wait_until
+
 RECORDING = Path(__file__).parent.parent / "contracts" / "sglang-0.5.23.jsonl"
 CONTEXT_LENGTH = 1024
 PROMPT = [5, 6, 7, 8, 9, 10, 11, 12]
@@ -90,7 +92,13 @@ class EngineClient:
         self.post("/continue_generation")
         self.post("/abort_request", {"rid": "", "abort_all": True})
         self.call("/end_weight_update", {}, "POST")
+        # A real server's scheduler may still hold a request whose answer is out: then it does not flush.
+        wait_until(lambda: not self._requests(), "requests go", _TIMEOUT_S)
         self.update(self.model_a, "default")
+
+    def _requests(self) -> int:
+        load = self.load()
+        return int(load["num_running_reqs"] + load["num_waiting_reqs"])
 
     def update(self, model: Path, version: str, flush_cache: bool = True) -> None:
         body = {"model_path": str(model), "weight_version": version, "flush_cache": flush_cache}
