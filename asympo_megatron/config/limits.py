@@ -87,6 +87,7 @@ _DECAY: _Rule = (lambda value: 0 <= value < 1, "it must be at least 0 and below 
 _TOP_P: _Rule = (lambda value: 0 < value <= 1, "it must be above 0 and at most 1 (1: off)")
 _PORT: _Rule = (lambda value: 0 <= value <= 65535, "a port is a number from 0 (any free one) to 65535")
 _COUNT: _Rule = (lambda value: value is None or value >= 1, "it must be at least 1, or null")
+_URL: _Rule = (lambda url: url is None or url.startswith(("http://", "https://")), "it is http://HOST:PORT, or null")
 _SECRET: _Rule = (lambda value: value != "", "set a secret, or null for none")
 
 RULES: Mapping[str, _Rule] = {
@@ -101,6 +102,7 @@ RULES: Mapping[str, _Rule] = {
     "rollout.controller_token": _SECRET,
     "rollout.engine_port": _PORT,
     "rollout.engine_api_key": _SECRET,
+    "rollout.router_url": _URL,
     "rollout.sampling.top_p": _TOP_P,
     "rollout.sampling.top_k": (lambda value: value == -1 or value >= 1, "it must be at least 1, or -1 (off)"),
     "rollout.sampling.stop_token_ids": (lambda ids: all(one >= 0 for one in ids), "token ids start at 0"),

@@ -70,7 +70,10 @@ class RolloutConfig:
     engine_urls: list[str] = field(default_factory=list)
     """Engines that already run elsewhere; then `asympo run` starts none."""
     engine_api_key: str | None = None
-    """Bearer token of the engines (SGLang gets it in a file, not on its command line)."""
+    """Bearer token of the engines and the router (SGLang gets it in a file, not on its command line)."""
+    router_url: str | None = None
+    """A router of yours (sglang-router, smg) for training requests, started without workers; null: none, the controller
+    shares the load. Needs sync.pause_mode retract or abort."""
     engine_args: list[str] = field(default_factory=list)
     """Further arguments of `python -m sglang.launch_server` (engine: sglang)."""
     engine_python: str | None = None

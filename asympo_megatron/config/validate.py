@@ -21,6 +21,7 @@ def validate(config: Config) -> None:
     _check_source(config)
     _check_evaluation(config)
     _check_addresses(config)
+    _check_router(config)
     _check_colocated(config)
     _check_deltas(config)
     _check_parallel(config)
@@ -147,6 +148,15 @@ def _check_addresses(config: Config) -> None:
         raise ConfigError(
             f"sync.host={config.sync.host} opens the trainer's weight sender to the network. "
             "Set rollout.controller_token to a secret, or send from 127.0.0.1."
+        )
+
+
+def _check_router(config: Config) -> None:
+    if config.rollout.router_url is not None and config.sync.pause_mode == "in_place":
+        raise ConfigError(
+            "rollout.router_url with sync.pause_mode=in_place: the router chooses which weights a request meets, so "
+            "its key of the prefix cache could name others, and stale prompts would be reused. Set "
+            "sync.pause_mode=retract (or abort), which empties the cache."
         )
 
 

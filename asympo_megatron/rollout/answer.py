@@ -10,6 +10,14 @@ from asympo_megatron.errors import EngineError, TaskError
 from asympo_megatron.records import VersionSpan
 
 
+class BadAnswer(EngineError):
+    """An answer that fails its checks; ``origin``: see :class:`Answer`."""
+
+    def __init__(self, message: str, origin: str = "") -> None:
+        super().__init__(message)
+        self.origin = origin
+
+
 class SamplingParams(msgspec.Struct, frozen=True):
     """The sampling fields that are sent; an engine refuses names it does not know."""
 
@@ -42,6 +50,8 @@ class Answer(msgspec.Struct, frozen=True, gc=False):
     logprobs: list[float] | None
     expired: bool = False
     """The client's own timer ended the request."""
+    origin: str = ""
+    """What follows the version in the labels of its weights: behind a router, the engine that sampled it."""
 
 
 class _Finish(msgspec.Struct, gc=False):
@@ -57,6 +67,7 @@ class _Span(msgspec.Struct, gc=False):
 class _Meta(msgspec.Struct, gc=False):
     id: str
     finish_reason: _Finish
+    weight_version: str = ""
     weight_versions: list[_Span] | None = None
     output_token_logprobs: list[tuple[float, int, str | None]] | None = None
 
@@ -118,9 +129,16 @@ class AnswerReader:
             request: what was asked.
 
         Raises:
-            EngineError: the message says which property does not hold.
+            BadAnswer: the message says which property does not hold.
         """
         decoded = self._decode(body)
+        origin = _origin(decoded.meta_info)
+        try:
+            return self._checked(decoded, request, origin)
+        except EngineError as error:
+            raise BadAnswer(str(error), origin) from error
+
+    def _checked(self, decoded: _Body, request: GenerateRequest, origin: str) -> Answer:
         ids, meta = decoded.output_ids, decoded.meta_info
         reason, most = meta.finish_reason.type, request.sampling_params.max_new_tokens
         if meta.id != request.rid:
@@ -131,21 +149,26 @@ class AnswerReader:
             raise EngineError(f"answer has {len(ids)} tokens, asked were at most {most}")
         if not ids and reason != "abort":
             raise EngineError(f"answer has no token although it finished by {reason}")
-        return Answer(ids, _spans(meta, len(ids), self._known), reason, _logprobs(meta, ids, request))
+        spans = _spans(meta, len(ids), self._known, origin)
+        return Answer(ids, spans, reason, _logprobs(meta, ids, request), origin=origin)
 
     def _decode(self, body: bytes) -> _Body:
         try:
             decoded: _Body = self._decoder.decode(body)
         except msgspec.DecodeError as error:
             try:
-                msgspec.json.decode(body, type=_Body)
+                origin = _origin(msgspec.json.decode(body, type=_Body).meta_info)
             except msgspec.DecodeError:
-                raise EngineError(f"answer is not of the expected form ({error}): {body[:120]!r}") from error
-            raise EngineError(f"answer holds a token id outside the vocabulary of {self._vocab_size}") from error
+                raise BadAnswer(f"answer is not of the expected form ({error}): {body[:120]!r}") from error
+            raise BadAnswer(f"answer holds a token id outside the vocabulary of {self._vocab_size}", origin) from error
         return decoded
 
 
-def _spans(meta: _Meta, size: int, known: Container[int]) -> list[VersionSpan]:
+def _origin(meta: _Meta) -> str:
+    return meta.weight_version.partition(".")[2]
+
+
+def _spans(meta: _Meta, size: int, known: Container[int], origin: str) -> list[VersionSpan]:
     if meta.weight_versions is None:
         raise EngineError("answer has no meta_info.weight_versions; it takes an engine with them (SGLang 0.5.23)")
     spans, end = [], 0
@@ -153,13 +176,14 @@ def _spans(meta: _Meta, size: int, known: Container[int]) -> list[VersionSpan]:
         if span.start != end or span.end < span.start:
             raise EngineError(f"weight_versions has a gap or an overlap at token {span.start}, expected {end}")
         end = span.end
-        if not span.version.isdecimal() or int(span.version) not in known:
+        version, _, tag = span.version.partition(".")
+        if not version.isdecimal() or int(version) not in known or tag != origin:
             raise EngineError(
                 f"weight version {span.version!r} was never published by this run: the engine restarted, or someone "
                 "else changed its weights"
             )
         if span.end > span.start:
-            spans.append(VersionSpan(int(span.version), span.start, span.end))
+            spans.append(VersionSpan(int(version), span.start, span.end))
     if end != size:
         raise EngineError(f"weight_versions covers {end} of {size} tokens")
     return spans

@@ -29,6 +29,7 @@ from asympo_megatron.rollout.mirrored import Mirrored
 from asympo_megatron.rollout.parts import Parts
 from asympo_megatron.rollout.replay import ReplaySampler
 from asympo_megatron.rollout.requester import Requester
+from asympo_megatron.rollout.router import Router, RouterClient
 from asympo_megatron.rollout.sampler import GroupSampler
 from asympo_megatron.rollout.syncer import Syncer
 from asympo_megatron.rollout.targets import Targets
@@ -97,7 +98,8 @@ def _assemble(
     background = Background(bell)
     policy = "admission" if rollout.source == "replay" else rollout.lag_policy
     rule = LagRule(config.batch.groups_per_step, rollout.max_lag_steps, config.run.steps, policy)
-    fleet = Fleet(rollout.max_in_flight_per_engine, config.batch.group_size, bell)
+    routed = rollout.router_url is not None
+    fleet = Fleet(rollout.max_in_flight_per_engine, config.batch.group_size, bell, routed=routed)
     targets = _targets(config, journal, ledger)
     common = (config, data_hash(config), journal, ledger, rule, fleet, targets, bell, background)
     if rollout.source == "replay":
@@ -115,6 +117,7 @@ def _assemble(
         return step is not None and rule.may_sample(step, ledger.groups.position(group_id))
 
     run = run_prefix(config.run.name)
+    router = _router(config, fleet)
     requester = Requester(
         fleet,
         bell,
@@ -123,6 +126,7 @@ def _assemble(
         task.codec.vocab_size,
         lambda: (run, journal.incarnation),
         logprobs=_needs_logprobs(config) if behavior_logprobs is None else behavior_logprobs,
+        router=router,
     )
     syncer = Syncer(
         fleet,
@@ -132,11 +136,12 @@ def _assemble(
         connect or _connector(config),
         bell,
         background,
+        router,
     )
     player = Player(requester, environment, config.task.max_turns)
     sampler = GroupSampler(config, task, scorer, ledger, rule, lambda: fleet.step, player, fleet, bell, background)
     evaluator = Evaluator(config, task, scorer, player, fleet, targets, journal, bell)
-    return Controller(Parts(*common, sampler, syncer, requester, evaluator, scorer), list(engine_urls))
+    return Controller(Parts(*common, sampler, syncer, requester, evaluator, scorer, router), list(engine_urls))
 
 
 async def serve_controller(
@@ -251,6 +256,15 @@ def _connector(config: Config) -> Callable[[str], EngineClient]:
     return lambda url: EngineClient(
         url, rollout.engine_api_key, rollout.request_timeout_s, control_timeout_s=rollout.engine_timeout_s
     )
+
+
+def _router(config: Config, fleet: Fleet) -> Router | None:
+    rollout = config.rollout
+    if rollout.router_url is None:
+        return None
+    deadlines = (rollout.request_timeout_s, rollout.engine_timeout_s)
+    client = RouterClient(rollout.router_url, rollout.engine_api_key, *deadlines, fleet)
+    return Router(client, fleet, rollout.engine_start_timeout_s)
 
 
 def _needs_logprobs(config: Config) -> bool:

@@ -10,7 +10,7 @@ from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt, wait
 from yarl import URL
 
 from asympo_megatron.errors import EngineError
-from asympo_megatron.rollout.answer import Answer, AnswerReader, GenerateRequest
+from asympo_megatron.rollout.answer import Answer, AnswerReader, BadAnswer, GenerateRequest
 from asympo_megatron.rollout.expiry import Expiring, Expiry
 
 log = logging.getLogger(__name__)
@@ -54,6 +54,9 @@ class EngineClient:
         self._aborts: set[asyncio.Task[None]] = set()
         self._expiry = Expiry(request_timeout_s)
 
+    def __str__(self) -> str:
+        return f"engine {self.url}"
+
     async def close(self) -> None:
         """Close every connection; requests on their way fail with EngineLost."""
         self._expiry.close()
@@ -67,7 +70,8 @@ class EngineClient:
         Raises:
             RequestRefused: HTTP 400.
             EngineLost: no connection, or no answer in time even after an abort.
-            EngineError: any other status, or an answer that fails its checks.
+            BadAnswer: an answer that fails its checks.
+            EngineError: any other status.
         """
         limit = _Limit(self, request.rid)
         self._expiry.add(limit)
@@ -81,17 +85,17 @@ class EngineClient:
             self.abort_soon(request.rid)
             raise
         except (aiohttp.ClientError, OSError, TimeoutError, RuntimeError) as error:  # RuntimeError: session is closed
-            raise EngineLost(f"engine {self.url}: /generate failed ({_describe(error)})") from error
+            raise EngineLost(f"{self}: /generate failed ({_describe(error)})") from error
         finally:
             self._expiry.remove(limit)
         if status == 400:
-            raise RequestRefused(f"engine {self.url} refused a request: {body[:300].decode(errors='replace')}")
+            raise RequestRefused(f"{self} refused a request: {body[:300].decode(errors='replace')}")
         if status != 200:
-            raise EngineError(f"engine {self.url}: /generate answered HTTP {status}: {body[:200]!r}")
+            raise EngineError(f"{self}: /generate answered HTTP {status}: {body[:200]!r}")
         try:
             answer = reader.read(body, request)
-        except EngineError as error:
-            raise EngineError(f"engine {self.url}: {error}") from error
+        except BadAnswer as error:
+            raise BadAnswer(f"{self}: {error}", error.origin) from error
         return msgspec.structs.replace(answer, expired=True) if limit.expired else answer
 
     async def ready(self) -> None:
@@ -102,7 +106,7 @@ class EngineClient:
             await self.weight_label()
         elif status != 200:
             await self._call("POST", "/continue_generation", {}, self.control_timeout_s)
-            raise EngineError(f"engine {self.url}: /ready answered HTTP {status}: {body[:200]!r}")
+            raise EngineError(f"{self}: /ready answered HTTP {status}: {body[:200]!r}")
 
     async def weight_label(self, attempts: int = 1, timeout_s: float | None = None) -> str:
         """The weight version that the engine reports; ``timeout_s``: of each attempt, by default that of every call."""
@@ -110,7 +114,7 @@ class EngineClient:
         try:
             return str(msgspec.json.decode(body, type=dict[str, Any])["weight_version"])
         except (msgspec.DecodeError, KeyError) as error:
-            raise EngineError(f"engine {self.url}: /model_info has no weight_version: {body[:200]!r}") from error
+            raise EngineError(f"{self}: /model_info has no weight_version: {body[:200]!r}") from error
 
     async def check_generates(self, timeout_s: float) -> None:
         """Raises EngineError unless the engine samples a token: one that hangs may well answer every other call.
@@ -120,11 +124,9 @@ class EngineClient:
         try:
             status, body = await self._call("GET", "/health_generate", None, timeout_s)
         except EngineLost as error:
-            raise EngineError(f"engine {self.url} generates nothing: {error}") from error
+            raise EngineError(f"{self} generates nothing: {error}") from error
         if status not in (200, 404):  # 404: too old to be asked
-            raise EngineError(
-                f"engine {self.url} generates nothing: /health_generate answered HTTP {status}: {body[:200]!r}"
-            )
+            raise EngineError(f"{self} generates nothing: /health_generate answered HTTP {status}: {body[:200]!r}")
 
     async def pause(self, mode: str) -> None:
         """Stop generating; new requests wait in the engine."""
@@ -154,7 +156,7 @@ class EngineClient:
         """One call of a weight update, never retried: it must answer 200 and say success."""
         status, body = await self._call("POST", path, payload, timeout_s)
         if status != 200 or not _success(body):
-            raise EngineError(f"engine {self.url} refused {path}: HTTP {status}: {body[:300]!r}")
+            raise EngineError(f"{self} refused {path}: HTTP {status}: {body[:300]!r}")
 
     async def begin_update(self, timeout_s: float) -> bool:
         """Open a session of weight updates; False where the server is too old to have any.
@@ -168,7 +170,7 @@ class EngineClient:
             await self.update_call("/end_weight_update", {}, timeout_s)
             await self.update_call("/begin_weight_update", {}, timeout_s)
         elif status != 200:
-            raise EngineError(f"engine {self.url}: /begin_weight_update answered HTTP {status}: {body[:200]!r}")
+            raise EngineError(f"{self}: /begin_weight_update answered HTTP {status}: {body[:200]!r}")
         return True
 
     async def tensor_parallel_size(self) -> int:
@@ -177,7 +179,7 @@ class EngineClient:
         try:
             return int(msgspec.json.decode(body, type=dict[str, Any]).get("tp_size", 1))
         except (msgspec.DecodeError, TypeError, ValueError) as error:
-            raise EngineError(f"engine {self.url}: /server_info cannot be read: {body[:200]!r}") from error
+            raise EngineError(f"{self}: /server_info cannot be read: {body[:200]!r}") from error
 
     async def destroy_group(self, name: str) -> None:
         """Leave a process group."""
@@ -196,7 +198,7 @@ class EngineClient:
         reply: tuple[int, bytes] = await retrying(self._call, method, path, payload, deadline_s)
         status, body = reply
         if status != 200:
-            raise EngineError(f"engine {self.url}: {path} answered HTTP {status}: {body[:200]!r}")
+            raise EngineError(f"{self}: {path} answered HTTP {status}: {body[:200]!r}")
         return body
 
     async def _call(self, method: str, path: str, payload: Any, timeout_s: float) -> tuple[int, bytes]:
@@ -205,7 +207,7 @@ class EngineClient:
             async with asyncio.timeout(timeout_s), self._session.request(method, self.url + path, data=data) as reply:
                 return reply.status, await reply.read()
         except (aiohttp.ClientError, OSError, TimeoutError, RuntimeError) as error:
-            raise EngineLost(f"engine {self.url}: {path} failed ({_describe(error)})") from error
+            raise EngineLost(f"{self}: {path} failed ({_describe(error)})") from error
 
     async def _abort_quietly(self, rid: str) -> None:
         try:

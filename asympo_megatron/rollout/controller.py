@@ -55,6 +55,8 @@ class Controller:
         parts.background.spawn(parts.feeder.run(), "admission")
         if parts.evaluator is not None:
             parts.background.spawn(parts.evaluator.run(), "evaluation")
+        if parts.router is not None:
+            parts.background.spawn(parts.router.run(), "router")
         if parts.syncer is not None:
             patience_s = rollout.engine_timeout_s if self._engine_urls else rollout.engine_start_timeout_s
             parts.background.spawn(parts.syncer.watch_fleet(patience_s), "fleet watch")

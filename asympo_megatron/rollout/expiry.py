@@ -42,6 +42,12 @@ class Expiry:
         """It is done, in time or not."""
         self._entries.pop(entry, None)
 
+    def expire_all(self) -> None:
+        """Call everything now."""
+        entries, self._entries = self._entries, {}
+        for entry in entries:
+            entry.expire()
+
     def close(self) -> None:
         """Forget everything."""
         self._entries.clear()

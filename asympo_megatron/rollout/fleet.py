@@ -47,11 +47,20 @@ class Engine:
     """Failed connections in a row."""
     quiet_since_s: float = 0.0
     """Time of the loop at its last good answer, or at the first request since it had none."""
+    tag: str = ""
+    """Behind a router: ends the labels of its weights, so that an answer names who sampled it. New in every life, so
+    that one from before a failure is nobody's."""
+    suspected: bool = False
+    """A request failed in the router: this engine may be the reason, and is looked at."""
     last_error: str = ""
 
     @property
     def serving(self) -> bool:
         return self.state is EngineState.SERVING
+
+    def label(self, row: VersionRow) -> str:
+        """What it calls the weights of ``row``."""
+        return f"{row.version}.{self.tag}" if self.tag else str(row.version)
 
     def answered(self) -> None:
         """A good answer came: earlier trouble is over."""
@@ -71,11 +80,14 @@ class Fleet:
         affinity_slack: a group stays on its engine (whose prefix cache knows the prompt) while that engine has at most
             this many requests more than the least loaded one.
         bell: rung when an engine's state changes.
+        routed: a router chooses the engine of a training request. Its slot then only counts: a slot is free while all
+            requests are fewer than all serving engines may have.
     """
 
-    def __init__(self, max_in_flight: int, affinity_slack: int, bell: Bell) -> None:
+    def __init__(self, max_in_flight: int, affinity_slack: int, bell: Bell, *, routed: bool = False) -> None:
         self.engines: dict[str, Engine] = {}
         self._max_in_flight, self._affinity_slack, self._bell = max_in_flight, affinity_slack, bell
+        self.routed = routed
         self._waiting: list[_Waiter] = []
         self._pinned: list[_Waiter] = []
         self._order = itertools.count()
@@ -99,7 +111,15 @@ class Fleet:
             weights = engine.weights
             if engine.state is EngineState.SERVING and weights is not None and (step is None or weights.step < step):
                 step = weights.step
-        return step
+        return step if not self.routed else self._routed_step()
+
+    def _routed_step(self) -> int | None:
+        """A router also sends to an engine that will pause for other weights: what it holds, and then gets, counts."""
+        rows = []
+        for engine in self.engines.values():
+            if engine.state in (EngineState.SERVING, EngineState.SYNCING) and engine.weights is not None:
+                rows += [engine.weights, engine.loading or engine.weights]
+        return min((row.step for row in rows), default=None)
 
     def set_state(self, engine: Engine, state: EngineState) -> None:
         """Change the state of an engine and wake whoever it concerns."""
@@ -119,6 +139,21 @@ class Fleet:
         if engine.state in (EngineState.SERVING, EngineState.SYNCING):
             engine.failure, engine.last_error = error, str(error)
             self.set_state(engine, EngineState.QUARANTINED)
+
+    def named(self, tag: str) -> Engine | None:
+        """The engine that sampled an answer with this tag, unless it has failed since."""
+        for engine in self.engines.values():
+            if engine.tag == tag and engine.failure is None:
+                return engine if engine.state in (EngineState.SERVING, EngineState.SYNCING) else None
+        return None
+
+    def suspect(self) -> None:
+        """A request failed, and nobody knows on which engine: each looks at its own now."""
+        engines = [engine for engine in self.serving if not engine.suspected]
+        for engine in engines:
+            engine.suspected = True
+        if engines:
+            self._bell.ring()
 
     async def acquire(self, group: int, version: int | None = None) -> Engine:
         """A request slot for a group, or (``version``) for an evaluation: only on engines with exactly that version.
@@ -160,6 +195,8 @@ class Fleet:
                 heapq.heappop(queue)
 
     def _grant(self, group: int, version: int | None) -> Engine | None:
+        if self.routed and version is None and self.in_flight >= self._max_in_flight * len(self.serving):
+            return None
         best, least = None, self._max_in_flight
         for engine in self.engines.values():
             if engine.in_flight < least and self._usable(engine, version):

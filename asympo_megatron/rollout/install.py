@@ -78,7 +78,7 @@ async def _load(engine: Engine, row: VersionRow, options: SyncOptions, *, fresh:
         await client.abort(options.run_prefix)
     # A real server ignores an abort by a mere prefix (no request has that very id): the pause must end them.
     mode = "abort" if fresh or goes_back else options.pause_mode
-    label, flush_cache = str(row.version), mode != "in_place"
+    label, flush_cache = engine.label(row), mode != "in_place"
     way = _way(row, options)
     if way is not None:
         transfer = await way.open(client, row)  # before the pause: it takes time
@@ -111,8 +111,8 @@ async def _go_on(engine: Engine, row: VersionRow, options: SyncOptions) -> None:
 
 def check_label(engine: Engine, row: VersionRow, label: str) -> None:
     """Raises EngineError unless ``label``, which the engine reports, is that of ``row``."""
-    if label != str(row.version):
+    if label != engine.label(row):
         raise EngineError(
-            f"engine {engine.url} reports weight version {label!r}, expected {row.version}: it restarted, or someone "
-            "else changed its weights"
+            f"engine {engine.url} reports weight version {label!r}, expected {engine.label(row)}: it restarted, or "
+            "someone else changed its weights"
         )

@@ -12,6 +12,7 @@ from asympo_megatron.rollout.interfaces import Scorer
 from asympo_megatron.rollout.journal import Journal
 from asympo_megatron.rollout.ledger import Ledger
 from asympo_megatron.rollout.requester import Requester
+from asympo_megatron.rollout.router import Router
 from asympo_megatron.rollout.syncer import Syncer
 from asympo_megatron.rollout.targets import Targets
 
@@ -41,3 +42,4 @@ class Parts:
     requester: Requester | None
     evaluator: Evaluator | None
     scorer: Scorer | None
+    router: Router | None = None

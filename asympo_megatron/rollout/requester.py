@@ -14,10 +14,15 @@ from asympo_megatron.rollout.answer import Answer, AnswerReader, GenerateRequest
 from asympo_megatron.rollout.bell import Bell
 from asympo_megatron.rollout.client import EngineClient, EngineLost, RequestRefused
 from asympo_megatron.rollout.fleet import Engine, Fleet
+from asympo_megatron.rollout.router import Router
+from asympo_megatron.rollout.rows import VersionRow
 
 log = logging.getLogger(__name__)
 _MAX_STRIKES = 8
 """Lost connections, or aborts without a token, in a row on an engine that looks healthy."""
+_MAX_FAILURES = 100
+"""Of one request in a row, behind a router: with the pauses between them some eight minutes."""
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 5.0
 
 
 class Sampled(msgspec.Struct, frozen=True, gc=False):
@@ -59,6 +64,7 @@ class Requester:
         vocab_size: bound of token ids.
         identity: prefix of the run's request ids, and the trainer's incarnation at the time of asking.
         logprobs: ask for behavior log-probs.
+        router: where training requests go; None: to the engine that has the slot.
     """
 
     def __init__(
@@ -71,7 +77,9 @@ class Requester:
         identity: Callable[[], tuple[str, int]],
         *,
         logprobs: bool,
+        router: Router | None = None,
     ) -> None:
+        self._router = router
         self._fleet, self._may_sample = fleet, may_sample
         self._reader, self._identity = AnswerReader(vocab_size, versions), identity
         self._logprobs = logprobs
@@ -131,16 +139,42 @@ class Requester:
         return engine.weights.version == draft.version
 
     async def _ask(self, engine: Engine, draft: Draft, parts: "_Parts", attempt: int) -> Answer | None:
-        client, weights = engine.client, engine.weights
+        weights = engine.weights
         assert weights is not None  # _still_fits() saw to it
         request = self._request(draft, parts, attempt, str(weights.version))
         try:
-            answer = await client.generate(request, self._reader)
+            if self._router is None or draft.version is not None:
+                return await self._ask_engine(engine, weights, request)
+            return await self._ask_router(self._router, request, parts)
         except RequestRefused as error:
             raise ControllerError(
                 f"{error}. Prompt of {len(request.input_ids)} and up to {request.sampling_params.max_new_tokens} new "
                 "tokens: check rollout.sampling against the engine's context length."
             ) from error
+
+    async def _ask_router(self, router: Router, request: GenerateRequest, parts: "_Parts") -> Answer | None:
+        try:
+            answer = await router.ask(request, self._reader)
+        except EngineError as error:
+            # a router that tries again by itself uses the id again, which an engine still at work on it refuses
+            if isinstance(error, RequestRefused) and isinstance(parts.failure, RequestRefused):
+                raise
+            await parts.failed(request.rid, error)
+            return None
+        if answer.ids or answer.expired:
+            parts.failures, parts.failure = 0, None
+        else:
+            await parts.failed(request.rid, EngineError("aborted without a token"))
+        return answer
+
+    async def _ask_engine(self, engine: Engine, weights: VersionRow, request: GenerateRequest) -> Answer | None:
+        client = engine.client
+        try:
+            answer = await client.generate(request, self._reader)
+            if answer.origin != engine.tag:
+                raise EngineError(f"engine {engine.url} has weights labelled by another controller")
+        except RequestRefused:
+            raise
         except EngineLost as error:
             await self._examine(engine, client, request.rid, error)
             return None
@@ -188,6 +222,23 @@ class _Parts:
         self.ids: list[int] = []
         self._versions: list[VersionSpan] = []
         self._logprobs = logprobs
+        self.failures = 0
+        self.failure: EngineError | None = None
+
+    async def failed(self, rid: str, error: EngineError) -> None:
+        """Behind a router: a try brought nothing. Wait a little, longer every time.
+
+        Raises:
+            ControllerError: for too long.
+        """
+        log.info("request %s: %s", rid, error)
+        if self.failures == _MAX_FAILURES:
+            raise ControllerError(
+                f"request {rid} failed {self.failures} times in a row behind rollout.router_url, while engines serve; "
+                f"last: {error}"
+            ) from error
+        await asyncio.sleep(min(_FIRST_PAUSE_S * 2 ** min(self.failures, 10), _LONGEST_PAUSE_S))
+        self.failures, self.failure = self.failures + 1, error
 
     def add(self, answer: Answer) -> None:
         offset = len(self.ids)

@@ -5,6 +5,7 @@ One task per engine, so that engines sync at the same time and none waits for an
 
 import asyncio
 import logging
+import secrets
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from asympo_megatron.rollout.collective import SenderLost
 from asympo_megatron.rollout.colocated import check_local
 from asympo_megatron.rollout.fleet import Engine, EngineState, Fleet
 from asympo_megatron.rollout.install import SyncOptions, check_label, install
+from asympo_megatron.rollout.router import Router
 from asympo_megatron.rollout.rows import VersionRow
 from asympo_megatron.rollout.targets import Targets
 
@@ -39,6 +41,7 @@ class Syncer:
         connect: makes the client of an engine.
         bell: rung when anything changes.
         background: where the engines' tasks run.
+        router: is told which engines serve; None: there is none.
     """
 
     def __init__(
@@ -50,10 +53,11 @@ class Syncer:
         connect: Callable[[str], EngineClient],
         bell: Bell,
         background: Background,
+        router: Router | None = None,
     ) -> None:
         self._fleet, self._targets, self._options = fleet, targets, options
         self._verify, self._connect = verify, connect
-        self._bell, self._background = bell, background
+        self._bell, self._background, self._router = bell, background, router
         self._verified: dict[int, asyncio.Task[None]] = {}
         self.last_sync_s = 0.0
 
@@ -79,6 +83,8 @@ class Syncer:
         """Close every connection."""
         for engine in self._fleet.engines.values():
             await engine.client.close()
+        if self._router is not None:
+            await self._router.close()
 
     async def watch_fleet(self, no_engine_s: float) -> None:
         """Raises ControllerError when every engine has been given up, or none joined, for ``no_engine_s``."""
@@ -107,6 +113,9 @@ class Syncer:
 
     async def _get_ready(self, engine: Engine) -> None:
         self._fleet.set_state(engine, EngineState.STARTING)
+        if self._router is not None:  # before it is told to go on with whatever weights it has
+            engine.tag = secrets.token_hex(4)
+            await self._router.leave(engine.url)
         retrying = AsyncRetrying(
             retry=retry_if_exception_type(EngineError),
             stop=stop_after_delay(self._options.start_timeout_s),
@@ -147,6 +156,8 @@ class Syncer:
         log.warning("engine %s waits for weights: %s", engine.url, error)
         engine.weights, engine.last_error = None, str(error)
         self._fleet.set_state(engine, EngineState.SYNCING)
+        if self._router is not None:
+            await self._router.leave(engine.url)
         self._bell.ring()  # it was syncing before
         await self._bell.until(lambda: self._targets.current != target, self._options.backoff_s * 2)
 
@@ -154,11 +165,13 @@ class Syncer:
         """Return when other weights are wanted; raise when the engine failed."""
         serving = engine.weights
         changed = await self._bell.until(
-            lambda: engine.failure is not None or self._targets.current != serving, self._options.silence_s / 4
+            lambda: engine.failure is not None or engine.suspected or self._targets.current != serving,
+            self._options.silence_s / 4,
         )
+        suspected, engine.suspected = engine.suspected, False
         if engine.failure is not None:
             raise EngineError(str(engine.failure)) from engine.failure
-        if not changed and serving is not None:
+        if (suspected or not changed) and serving is not None:
             check_label(engine, serving, await engine.client.weight_label(timeout_s=self._options.silence_s * 3 / 4))
         await self._check_generates(engine)
 
@@ -166,7 +179,8 @@ class Syncer:
         """A request may take long, an engine at work on requests may not be still: weights, labels and health checks
         are answered by a server whose scheduler hangs, too."""
         now_s, patience_s = asyncio.get_running_loop().time, self._options.silence_s / 4
-        if engine.in_flight and now_s() - engine.quiet_since_s >= patience_s:
+        busy = self._fleet.in_flight if self._fleet.routed else engine.in_flight  # a router may have sent it anything
+        if busy and now_s() - engine.quiet_since_s >= patience_s:
             await engine.client.check_generates(self._options.silence_s / 2)
             engine.quiet_since_s = now_s()
 
@@ -186,6 +200,8 @@ class Syncer:
         engine.weights = row
         self.last_sync_s = time.monotonic() - started_s
         self._fleet.set_state(engine, EngineState.SERVING)
+        if self._router is not None:
+            self._router.join(engine.url)
 
     async def _files_good(self, row: VersionRow) -> bool:
         """Verify a version once, before any engine reads it; False when it is bad, but no longer wanted.
@@ -225,6 +241,8 @@ class Syncer:
         self._fleet.set_state(engine, EngineState.QUARANTINED)
         old, engine.client = engine.client, self._connect(engine.url)
         await old.close()
+        if self._router is not None:
+            await self._router.leave(engine.url)
         if engine.quarantines >= _MAX_QUARANTINES:
             self._evict(engine, f"engine {engine.url} failed {engine.quarantines} times in a row; last: {error}")
             return

@@ -227,7 +227,8 @@ class FakeEngine:
     def _extend(self, running: FakeRequest, size: int) -> None:
         start = len(running.ids)
         prompt = sum(running.body["input_ids"])
-        seed = int(self.label) if self.label.isdecimal() else 0
+        version = self.label.partition(".")[0]  # behind a router a tag follows
+        seed = int(version) if version.isdecimal() else 0
         running.ids += [(prompt + 7 * k + 13 * seed) % self.vocab_size for k in range(start, size)]
         if size > start:
             running.spans.append({"version": self.label, "start": start, "end": size})
