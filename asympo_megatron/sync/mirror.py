@@ -101,7 +101,7 @@ class Mirror:
         try:
             rebuild(copy, start, deltas)
         except PublishError as error:
-            if start.parent == self._root:
+            if start.parent == self._root or not _is_damaged(start):
                 raise
             log.warning("made again from the published whole version, for %s", error)
             shutil.rmtree(start, ignore_errors=True)
@@ -147,3 +147,11 @@ class Mirror:
             reraise=True,
         )
         return retrying(work)
+
+
+def _is_damaged(copy: Path) -> bool:
+    try:
+        verify_version(copy)
+    except PublishError:
+        return True
+    return False

@@ -19,6 +19,7 @@ from sglang_servers import PYTHON
 from asympo_megatron.config import RunDir
 from asympo_megatron.launch.ports import free_port
 from asympo_megatron.rollout.rows import ResponseSummary
+from asympo_megatron.sync import list_versions, read_manifest, version_path
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "end_to_end"))  # the runner of whole commands
 
@@ -82,20 +83,30 @@ def versions_of_trained(bench, name) -> list[int]:
     return [len(response.versions) for group in groups for response in group]
 
 
-@pytest.mark.parametrize("transport", ["disk", "collective", "colocated"])
+@pytest.mark.parametrize("transport", ["disk", "deltas", "collective", "colocated"])
 def test_run_trains_responses_that_span_versions(bench, server_urls, models, transport):
     servers = clients(server_urls, models)
     for server in servers:
         server.reset()
     before, sampled_before = servers[0].digest(), servers[0].generate(max_new_tokens=30)["output_ids"]
     urls = f"rollout.engine_urls=[{','.join(server_urls)}]"
-    options = (f"run.name={transport}", f"sync.transport={transport}", f"checkpoint.interval_steps={STEPS}", urls)
+    options = [f"run.name={transport}", f"checkpoint.interval_steps={STEPS}", urls]
+    if transport == "deltas":
+        options += [f"sync.deltas={STEPS}", f"sync.mirror_port={free_port()}", "sync.keep_last=100"]
+        bench.start("mirror", str(bench.config), *options)
+    else:
+        options += [f"sync.transport={transport}"]
     bench.run("run", str(bench.config), *options, timeout_s=500)
 
     rows = bench.rows(transport)
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     assert len({row["train/weights_checksum"] for row in rows}) == STEPS
     assert max(versions_of_trained(bench, transport)) >= 3
+
+    if transport == "deltas":
+        weights = RunDir(bench.path / "runs" / transport).weights
+        bases = [read_manifest(version_path(weights, version)).base for version in list_versions(weights)]
+        assert bases == [None, *range(STEPS)]
 
     # what the engine of the last evaluation holds is what the trainer saved last, tensor by tensor
     held = {int(server.call("/model_info")[1]["weight_version"]): server for server in servers}

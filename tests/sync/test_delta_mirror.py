@@ -1,5 +1,6 @@
 """Versions published as changes, made whole again on an engine's host: chains, damage, deaths, clean-up."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -22,7 +23,7 @@ from delta_world import (
 
 from asympo_megatron import protocol
 from asympo_megatron.errors import PublishError
-from asympo_megatron.sync import list_versions, read_manifest, verify_version, version_path
+from asympo_megatron.sync import delta, list_versions, read_manifest, verify_version, version_path
 from asympo_megatron.sync.own_folder import OwnFolder
 
 NAN = float("nan")
@@ -79,6 +80,9 @@ def test_what_kept_versions_are_made_from_is_kept(tmp_path: Path) -> None:
         world.publish(5, versions[-1])
         world.transport.keep([3])
         assert list_versions(world.root) == [1, 2, 3, 5], "version 3, in use, needs two others; version 4 goes"
+        (version_path(world.root, 2) / "manifest.json").write_text("{")
+        world.transport.keep([3])
+        assert list_versions(world.root) == [2, 3, 5], "a damaged manifest tells of no base, and ends nothing"
         world.transport.keep([])
         assert list_versions(world.root) == [5]
         assert same_bits(world.bring(5), versions[-1])
@@ -131,6 +135,22 @@ def test_a_damaged_copy_is_made_again_from_what_was_published(world: DeltaWorld)
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(bytes(data))
+    assert same_bits(world.bring(3), versions[2])
+
+
+def test_a_full_disk_costs_no_good_copy(world: DeltaWorld, monkeypatch: pytest.MonkeyPatch) -> None:
+    versions = publish_some(world, 3, keep=False)
+    held = world.bring(2)
+
+    def full(*_: object) -> str:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(delta, "apply_changes", full)
+        with pytest.raises(PublishError, match=r"version 3 could not be made from .*No space left on device"):
+            world.bring(3)
+    assert same_bits(held, versions[1])
+    assert copies(world) == [2]
     assert same_bits(world.bring(3), versions[2])
 
 
