@@ -84,6 +84,8 @@ class RolloutConfig:
     """0 is synchronous RL."""
     lag_policy: str = "admission"
     """admission | strict | drop."""
+    dynamic_sampling: bool = False
+    """Drop groups in which no response has an advantage and sample other prompts instead (DAPO); biased."""
     request_timeout_s: float = 600.0
     """After this a response is aborted on its engine."""
     engine_timeout_s: float = 60.0

@@ -21,6 +21,7 @@ def validate(config: Config) -> None:
     _check_source(config)
     _check_evaluation(config)
     _check_addresses(config)
+    _check_dynamic_sampling(config)
     _check_router(config)
     _check_colocated(config)
     _check_deltas(config)
@@ -148,6 +149,14 @@ def _check_addresses(config: Config) -> None:
         raise ConfigError(
             f"sync.host={config.sync.host} opens the trainer's weight sender to the network. "
             "Set rollout.controller_token to a secret, or send from 127.0.0.1."
+        )
+
+
+def _check_dynamic_sampling(config: Config) -> None:
+    if config.rollout.dynamic_sampling and config.rollout.source != "engines":
+        raise ConfigError(
+            f"rollout.dynamic_sampling needs rollout.source=engines, not {config.rollout.source}: nothing is sampled "
+            "there. Set it to false."
         )
 
 

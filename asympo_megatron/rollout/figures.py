@@ -18,9 +18,11 @@ class Figures:
         self._parts, self._clock = parts, clock
         self._mark_s, self._mark_tokens = clock(), 0
         self._tokens_per_s: float | None = None
+        self._discarded: dict[str, float] = {}
 
     def batch_formed(self) -> None:
-        """Begin a new interval of rollout/tokens_per_s, which runs from batch to batch."""
+        """Begin a new interval of the figures that run from batch to batch."""
+        self._discarded = self._parts.ledger.discards.take()
         if self._parts.requester is None:
             return
         now_s, tokens = self._clock(), self._parts.requester.tokens_sampled
@@ -34,6 +36,7 @@ class Figures:
             "rollout/in_flight": parts.fleet.in_flight,
             "rollout/ready": len(groups.ready),
             "rollout/dropped": len(groups.dropped),
+            **self._discarded,
         }
         if self._tokens_per_s is not None:
             figures["rollout/tokens_per_s"] = self._tokens_per_s

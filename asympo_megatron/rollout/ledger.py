@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from asympo_megatron.errors import JournalError
 from asympo_megatron.rollout.admission import NO_LAG, LagRule
+from asympo_megatron.rollout.discards import Discards
 from asympo_megatron.rollout.journal import Journal
 from asympo_megatron.rollout.rows import GroupRow, GroupState, ResponseSummary, StoredGroup, VersionRow, summarize
 
@@ -91,6 +92,7 @@ class Ledger:
         self.versions: dict[int, VersionRow] = {row.version: row for row in journal.versions()}
         self.version_steps = {version: row.step for version, row in self.versions.items()}
         self._groups = recover(journal.rows(), self.version_steps)
+        self.discards = Discards()
 
     @property
     def groups(self) -> Groups:
@@ -119,6 +121,11 @@ class Ledger:
         self._journal.drop({group_id: reason})
         del self._groups.in_flight[group_id]
         bisect.insort(self._groups.dropped, group_id)
+
+    def discard(self, group_id: int, reason: str, stored: StoredGroup) -> None:
+        """The same for a group that is scored."""
+        self.drop(group_id, reason)
+        self.discards.add(summarize(stored))
 
     def form_lease(self, step: int, rule: LagRule) -> list[ScoredGroup] | None:
         """Bind the batch of ``step`` (which must be the next one), or None while it is not complete."""
@@ -158,5 +165,5 @@ class Ledger:
 
     def _forget(self, dropped: Mapping[int, str]) -> None:
         for group_id in dropped:
-            del self._groups.ready[group_id]
+            self.discards.add(self._groups.ready.pop(group_id).responses)
             bisect.insort(self._groups.dropped, group_id)

@@ -16,10 +16,13 @@ from asympo_megatron.rollout.grading import grade, raw_group
 from asympo_megatron.rollout.interfaces import Prompt, Scorer, Task
 from asympo_megatron.rollout.ledger import Ledger
 from asympo_megatron.rollout.requester import Draft
+from asympo_megatron.rollout.rows import StoredGroup
 
 log = logging.getLogger(__name__)
 _SCORE_ATTEMPTS = 3
 """Calls of the scorer, which has retries of its own, before a group is dropped."""
+_BATCHES_WITHOUT_GRADIENT = 10
+"""Dynamic sampling gives up when so many batches' worth of groups in a row have no gradient."""
 
 
 class GroupSampler:
@@ -56,7 +59,7 @@ class GroupSampler:
         self._player, self._fleet = player, fleet
         self._bell, self._background = bell, background
         self._params = sampling_params(config, task)
-        self._drops_in_a_row = 0
+        self._drops_in_a_row = self._discards_in_a_row = 0
 
     async def run(self) -> None:
         """Take up the groups of the journal that are in flight, then admit new ones for as long as the run lasts."""
@@ -96,8 +99,12 @@ class GroupSampler:
             return
         group = raw_group(group_id, prompt_index, prompt_ids, answers, rewards)
         stored = grade(group, self._config.rollout.sampling, self._config.advantage.estimator)
-        self._ledger.finish_group(group_id, stored)
         self._drops_in_a_row = 0
+        if self._config.rollout.dynamic_sampling and not any(stored.advantages):
+            self._discard(group_id, stored)
+        else:
+            self._ledger.finish_group(group_id, stored)
+            self._discards_in_a_row = 0
         self._bell.ring()
 
     async def _sample(self, group_id: int, prompt: Prompt) -> list[Episode]:
@@ -117,6 +124,18 @@ class GroupSampler:
         if self._drops_in_a_row >= limit:
             raise ControllerError(f"{limit} groups in a row were dropped, the last because: {reason}")
         self._bell.ring()
+
+    def _discard(self, group_id: int, stored: StoredGroup) -> None:
+        """Dynamic sampling: no advantage, no gradient; another prompt takes the slot."""
+        rewards = sorted({response.reward for response in stored.group.responses})
+        self._ledger.discard(group_id, f"dynamic sampling: no advantage, rewards {rewards}", stored)
+        self._discards_in_a_row += 1
+        limit = _BATCHES_WITHOUT_GRADIENT * self._config.batch.groups_per_step
+        if self._discards_in_a_row >= limit:
+            raise ControllerError(
+                f"rollout.dynamic_sampling found no advantage in {limit} groups in a row, the last with rewards "
+                f"{rewards}: the task is solved, or too hard. Set rollout.dynamic_sampling=false, or change the task."
+            )
 
 
 def sampling_params(config: Config, task: Task) -> SamplingParams:

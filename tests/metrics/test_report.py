@@ -1,5 +1,6 @@
 """The report: one file, true to its rows, whatever the run got to."""
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -110,6 +111,23 @@ def test_lag_is_summed_over_the_whole_run(run_dir):
 def test_shares_of_time_add_up(run_dir):
     (text,) = [text for text in summary.paragraphs(load_run(run_dir)) if text.startswith("The trainer's steps took")]
     assert sum(int(share) for share in re.findall(r"(\d+)%", text)) in (99, 100, 101)
+
+
+def test_discarded_groups_stand_beside_trained_ones(run_dir):
+    run = load_run(run_dir)
+    assert not any("discarded" in label for label, _ in summary.key_figures(run))
+    figures = [
+        {"rollout/discarded_groups": 3, "rollout/discarded_reward_mean": 1.0, "reward/mean": 0.5},
+        {"rollout/discarded_groups": 0, "reward/mean": 0.7},
+        {"rollout/discarded_groups": 1, "rollout/discarded_reward_mean": 0.0, "reward/mean": 0.9},
+    ]
+    tokens = {"rollout/discarded_response_tokens_mean": 20.0, "rollout/response_tokens_mean": 25.0}
+    rows = [{"step": step, **row, **tokens} for step, row in enumerate(figures, 1)]
+    del rows[1]["rollout/discarded_response_tokens_mean"]
+    found = dict(summary.key_figures(dataclasses.replace(run, rows=rows)))
+    assert found["Groups sampled, scored and discarded"] == "4"
+    assert found["Mean reward, discarded / trained"] == "0.75 / 0.7"
+    assert found["Mean length (tokens), discarded / trained"] == "20 / 25"
 
 
 def test_the_same_run_gives_the_same_page(run_dir, page):

@@ -183,8 +183,23 @@ def key_figures(run: RunData) -> Iterator[tuple[str, str]]:
         if line:
             value = form(line.values)
             yield label, value + (f"{run.series('lag/max').values.max():.0f}" if name == "lag/mean" else "")
+    yield from _discarded(run)
     incarnations = {row.get("incarnation") for row in run.rows} - {None}
     if len(incarnations) > 1:
         yield "Trainer incarnations (restarts + 1)", str(len(incarnations))
     if run.rows[-1].get("train/weights_checksum"):
         yield "Checksum of the last weights", str(run.rows[-1]["train/weights_checksum"])
+
+
+def _discarded(run: RunData) -> Iterator[tuple[str, str]]:
+    """Scored groups that were not trained, beside those that were: what dropping does to the data."""
+    groups = run.series("rollout/discarded_groups").values
+    if not groups.sum():
+        return
+    yield "Groups sampled, scored and discarded", f"{groups.sum():,.0f}"
+    for label, discarded, trained in (
+        ("reward", "rollout/discarded_reward_mean", "reward/mean"),
+        ("length (tokens)", "rollout/discarded_response_tokens_mean", "rollout/response_tokens_mean"),
+    ):
+        mean = np.average(run.series(discarded).values, weights=groups[groups > 0])
+        yield f"Mean {label}, discarded / trained", f"{mean:.4g} / {run.series(trained).values.mean():.4g}"
