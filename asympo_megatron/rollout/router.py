@@ -149,6 +149,7 @@ class Router:
                 well_s = loop.time()
             except EngineError as error:
                 log.warning("%s", error)
+                self._seen = set()
                 if loop.time() - well_s > self._patience_s:
                     raise ControllerError(
                         f"no word from the router for {self._patience_s:g} s (rollout.engine_start_timeout_s); last: "
@@ -174,13 +175,14 @@ class Router:
         self._looked.ring()
 
     async def ask(self, request: GenerateRequest, reader: AnswerReader) -> Answer:
-        """One try of a request.
+        """One try of a request, once the router has an engine.
 
         Raises:
             RequestRefused: HTTP 400.
             EngineError: no answer that counts. The engine that gave a bad one is taken out of service; where it is not
                 known, every engine is looked at.
         """
+        await self._looked.until(lambda: not self._members.isdisjoint(self._seen))
         try:
             answer = await self._client.generate(request, reader)
             engine = self._sampled_by(answer.origin)

@@ -107,6 +107,8 @@ class Trainer:
         self._client, self._config = client, config
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
         self.incarnation = 0
+        self.path: Callable[[int], str] = "/weights/{}".format
+        """Where a version lies."""
 
     async def call(self, path: str, request: Any, kind: Any) -> Any:
         body = msgspec.msgpack.encode(request)
@@ -129,9 +131,8 @@ class Trainer:
         request = protocol.VersionRequest(self.incarnation, step, checksum)
         reply = await self.call("/version", request, protocol.VersionReply)
         if reply.needed:
-            publish = protocol.PublishRequest(
-                self.incarnation, step, reply.version, checksum, f"/weights/{reply.version}"
-            )
+            path = self.path(reply.version)
+            publish = protocol.PublishRequest(self.incarnation, step, reply.version, checksum, path)
             await self.call("/publish", publish, protocol.PublishReply)
         return reply.version
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import psutil
 from engine_client import CONTEXT_LENGTH
 
 from asympo_megatron.launch.sglang import ServerOptions, cpu_arguments, server_command
@@ -56,6 +57,16 @@ def sglang_servers(model: Path, count: int, logs: Path) -> Iterator[list[Server]
         for server in servers:
             if server.process.poll() is None:
                 server.kill()
+
+
+def server_process(url: str) -> psutil.Process:
+    """The process that serves ``url``, whoever started it."""
+    port = url.rpartition(":")[2]
+    for process in psutil.process_iter(["cmdline"]):
+        line = process.info["cmdline"] or []
+        if "sglang.launch_server" in line and port in line and process.pid != os.getpid():
+            return process
+    raise AssertionError(f"no server listens on {url}")
 
 
 def _start(model: Path, log: Path) -> Server:

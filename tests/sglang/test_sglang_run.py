@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import signal
 import sqlite3
 import sys
@@ -14,7 +13,7 @@ import psutil
 import pytest
 import yaml
 from engine_client import PROMPT, EngineClient
-from sglang_servers import PYTHON
+from sglang_servers import PYTHON, server_process
 
 from asympo_megatron.config import RunDir
 from asympo_megatron.launch.ports import free_port
@@ -155,15 +154,6 @@ def test_a_server_killed_in_mid_sync_delays_nobody(bench, server_urls, models):
     assert f"engine {server_urls[1]} is quarantined" in log
     assert f"engine {server_urls[0]} is quarantined" not in log
     assert first.call("/model_info")[1]["weight_version"] != "default"
-
-
-def server_process(url: str) -> psutil.Process:
-    port = url.rpartition(":")[2]
-    for process in psutil.process_iter(["cmdline"]):
-        line = process.info["cmdline"] or []
-        if "sglang.launch_server" in line and port in line and process.pid != os.getpid():
-            return process
-    raise AssertionError(f"no server listens on {url}")
 
 
 def await_second_sync(process, port: int, url: str) -> None:
