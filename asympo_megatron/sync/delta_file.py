@@ -25,10 +25,10 @@ from safetensors import safe_open
 
 from asympo_megatron.sync.shard_file import ShardFile
 
-HEADER_BYTES = 4 << 20
-"""Room for names: up to twice as many as in the files that are compared, and longer ones."""
 _CHUNK = 1 << 22
 """Elements compared at a time."""
+_LONGER, _LEAST_BYTES = 4, 4096
+"""Room for a header that names up to two entries for each tensor, and longer ones: times the compared files' header."""
 _WIDEST_GAP = (1 << 16) - 1
 _INTEGERS: Mapping[int, type[np.integer[Any]]] = MappingProxyType({1: np.uint8, 2: np.int16, 4: np.int32, 8: np.int64})
 
@@ -57,7 +57,7 @@ def write_changes(old: Path, new: Path, target: Path) -> bool:
     header = _read_header(new)
     if header != _read_header(old):
         return False
-    file = ShardFile(target, HEADER_BYTES)
+    file = ShardFile(target, _LONGER * len(header) + _LEAST_BYTES)
     try:
         for tensor in _tensors(header):
             for prefix, data in _changes(_mapped(old, tensor), _mapped(new, tensor)):

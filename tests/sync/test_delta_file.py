@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from asympo_megatron.sync import delta_file
+from asympo_megatron.sync import delta_file, shard_file
 from asympo_megatron.sync.delta_file import apply_changes, write_changes
 
 DTYPES = [torch.bfloat16, torch.float32, torch.float64, torch.int8, torch.bool, torch.int64, torch.float8_e4m3fn]
@@ -142,3 +142,18 @@ def test_mutant_that_compares_values_is_noticed(tmp_path: Path, monkeypatch: pyt
     (changes,) = chain(tmp_path, [{"x": old}, {"x": new}])
     apply_changes(tmp_path / "v0.safetensors", [changes], tmp_path / "made")
     assert (tmp_path / "made").read_bytes() != (tmp_path / "v1.safetensors").read_bytes()
+
+
+def test_the_names_of_two_entries_a_tensor_find_room_before_the_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file too large to be held back leaves room for its header first; short names grow most."""
+    monkeypatch.setattr(shard_file, "HELD_BYTES", 0)
+    old = {f"{number:x}": torch.zeros(1000 + number) for number in range(1500)}
+    new = {name: tensor.clone() for name, tensor in old.items()}
+    for tensor in new.values():
+        tensor[::3] = 1.0
+    (changes,) = chain(tmp_path, [old, new])
+    assert len(entries(changes)) == 3000
+    apply_changes(tmp_path / "v0.safetensors", [changes], tmp_path / "made")
+    assert (tmp_path / "made").read_bytes() == (tmp_path / "v1.safetensors").read_bytes()

@@ -104,12 +104,18 @@ def test_other_tensors_other_files(world: DeltaWorld) -> None:
     """A version of another layout is stored whole, though it names a base; an unchanged one holds nothing."""
     weights = some_weights()
     grown = weights | {"more": torch.ones(3)}
+    last = edited(grown, embed={9: 9.0})
     world.publish(1, weights)
-    world.publish(2, grown)
+    world.publish(2, edited(weights, embed={7: 7.0}))
     world.publish(3, grown)
-    assert (version_path(world.root, 2) / "model.safetensors").is_file()
-    assert read_manifest(version_path(world.root, 3)).files == {}
-    assert same_bits(world.bring(3), grown)
+    world.publish(4, last)
+    files = [set(read_manifest(version_path(world.root, version)).files) for version in (2, 3, 4)]
+    assert files == [{"model.safetensors.delta"}, {"model.safetensors"}, {"model.safetensors.delta"}]
+    assert same_bits(world.bring(4), last), "what came before the whole file does not count"
+    world.publish(5, last)  # whole again
+    world.publish(6, last)
+    assert read_manifest(version_path(world.root, 6)).files == {}
+    assert same_bits(world.bring(6), last)
 
 
 @pytest.mark.parametrize("how", ["damaged", "missing"])
