@@ -9,7 +9,7 @@ from pathlib import Path
 from aiohttp import web
 
 from asympo_megatron.config import Config, RunDir, data_hash
-from asympo_megatron.errors import AsympoError, ConfigError, ControllerError
+from asympo_megatron.errors import AsympoError, ConfigError, ControllerError, PublishError
 from asympo_megatron.rollout.admission import LagRule
 from asympo_megatron.rollout.answer import run_prefix
 from asympo_megatron.rollout.api import build_app
@@ -30,6 +30,7 @@ from asympo_megatron.rollout.parts import Parts
 from asympo_megatron.rollout.replay import ReplaySampler
 from asympo_megatron.rollout.requester import Requester
 from asympo_megatron.rollout.router import Router, RouterClient
+from asympo_megatron.rollout.rows import VersionRow
 from asympo_megatron.rollout.sampler import GroupSampler
 from asympo_megatron.rollout.syncer import Syncer
 from asympo_megatron.rollout.targets import Targets
@@ -220,7 +221,7 @@ async def _until_stopped(controller: Controller, told: asyncio.Event, stopped: a
 def _targets(config: Config, journal: Journal, ledger: Ledger) -> Targets:
     """The newest version of the journal, and those of this trainer whose evaluation is still owed."""
     rows = list(ledger.versions.values())
-    if not rows:
+    if not rows or not _is_loadable(config, rows[-1]):
         return Targets()
     owed = [
         row
@@ -228,9 +229,21 @@ def _targets(config: Config, journal: Journal, ledger: Ledger) -> Targets:
         if row.incarnation == journal.incarnation
         and evaluation_due(config, row.step)
         and not journal.has_evaluation(row.step, row.checksum)
-        and (row.in_memory or Path(row.path).is_dir())
+        and (row.in_memory or (Path(row.path).is_dir() and _is_loadable(config, row)))
     ]
     return Targets(rows[-1], owed)
+
+
+def _is_loadable(config: Config, row: VersionRow) -> bool:
+    """Whether engines can be given a version: one that was published as changes needs mirrors."""
+    if row.in_memory or config.sync.deltas or not Path(row.path).is_dir():
+        return True
+    from asympo_megatron.sync import read_manifest  # imports torch: only for files
+
+    try:
+        return read_manifest(row.path).base is None
+    except PublishError:  # who loads it will say what is wrong
+        return True
 
 
 def _sync_options(config: Config, backoff_s: float) -> SyncOptions:

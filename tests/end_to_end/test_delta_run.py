@@ -72,3 +72,8 @@ def test_run_and_resume_on_deltas(bench):
     saved = load_file(bench.path / "saved" / "model.safetensors")
     assert made.keys() == saved.keys()
     assert all(made[name].equal(saved[name]) for name in saved)
+
+    # a last version that is a delta does not hold up a run that goes on without
+    assert read_manifest(version_path(run_dir.weights, versions[-1][0])).base is not None
+    bench.run("run", str(bench.config), "run.steps=6", "sync.deltas=0")
+    assert [row["step"] for row in bench.rows("deltas")] == [1, 2, 3, 4, 5, 6]

@@ -71,3 +71,33 @@ def test_engines_take_deltas_and_come_back_with_their_mirror(tmp_path: Path) -> 
     finally:
         transport.close()
         mirrors[-1].close()
+
+
+def test_a_run_that_goes_on_without_deltas_asks_for_a_whole_version(tmp_path: Path) -> None:
+    """Engines could not load the newest version of the journal: they wait for the trainer's."""
+    mirror, transport = make_mirror(tmp_path), make_transport(tmp_path, 4)
+
+    async def resume(deltas: int, step: int, publish: bool) -> bool:
+        """Ask for a version of the weights of ``step``; returns whether they are needed."""
+        config = small_config(sync__deltas=deltas, sync__mirror_port=mirror.port)
+        async with world(tmp_path / "run", config, verify=verify_version) as w:
+            name = f"weights-{step}"
+            await w.trainer.attach()
+            request = protocol.VersionRequest(w.trainer.incarnation, step, name)
+            reply = await w.trainer.call("/version", request, protocol.VersionReply)
+            if publish:
+                path = transport.store(reply.version, step, [("x", torch.full((50,), float(step)))], name)
+                request = protocol.PublishRequest(w.trainer.incarnation, step, reply.version, name, path)
+                await w.trainer.call("/publish", request, protocol.PublishReply)
+            return reply.needed
+
+    try:
+        assert run_async(resume(deltas=4, step=0, publish=True))
+        assert not run_async(resume(deltas=0, step=0, publish=False)), "a whole version is loaded without a mirror"
+        assert run_async(resume(deltas=4, step=1, publish=True))
+        assert read_manifest(tmp_path / "weights" / "v000001").base == 0
+        assert not run_async(resume(deltas=4, step=1, publish=False))
+        assert run_async(resume(deltas=0, step=1, publish=False))
+    finally:
+        transport.close()
+        mirror.close()
