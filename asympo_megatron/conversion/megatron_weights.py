@@ -5,18 +5,20 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from asympo_megatron.config import Config, RunDir, load_config
-from asympo_megatron.conversion.names import entries
+from asympo_megatron.conversion.names import Entry, entries
 from asympo_megatron.conversion.places import Place, find_places
-from asympo_megatron.conversion.tensors import one_ahead, split_for_hf
+from asympo_megatron.conversion.tensors import hf_shapes, split_for_hf, two_ahead
 from asympo_megatron.conversion.torch_dist import TorchDistFiles
 from asympo_megatron.errors import CheckpointError
 from asympo_megatron.mcore import marker as markers
 from asympo_megatron.mcore.checkpoints import Checkpoints
 from asympo_megatron.mcore.checksum import WholeChecksum
 from asympo_megatron.mcore.hf_config import ModelFacts, read_hf_config
+from asympo_megatron.sync.shard_file import Announced
 
 MODEL_FILES = "hf"
 """Folder of a converted checkpoint with config.json and the tokenizer, for the way back."""
@@ -61,23 +63,28 @@ class MegatronWeights:
         marker = _marker_of(self.directory)
         self.step, self.checksum = marker.get("step", 0), marker.get("checksum", "")
 
-    def tensors(self, progress: Progress | None = None) -> Iterator[tuple[str, Tensor]]:
+    def tensors(self, progress: Progress | None = None) -> Announced:
         """(name, tensor) in the order of the forward pass.
 
         Raises:
-            CheckpointError: a damaged file; at the end, if all together are not what was saved.
+            CheckpointError: while they are read: a damaged file; at the end, if all together are not what was saved.
         """
         table = list(entries(self.facts))
+        described = [
+            (name, torch.empty(shape, dtype=self._files.dtype(self._places[entry.megatron]), device="meta"))
+            for entry in table
+            for name, shape in zip(entry.hf, hf_shapes(entry, self.facts), strict=True)
+        ]
+        return Announced(described, self._read(table, progress))
+
+    def _read(self, table: list[Entry], progress: Progress | None) -> Iterator[tuple[str, Tensor]]:
         checksum = WholeChecksum()
 
-        def make(number: int) -> Tensor:
-            name = table[number].megatron
-            whole = self.parameter(name)
+        def add(number: int, whole: Tensor) -> None:
             if self.checksum:
-                checksum.add(name, whole)
-            return whole
+                checksum.add(table[number].megatron, whole)
 
-        wholes = one_ahead(make, len(table))
+        wholes = two_ahead(lambda number: self.parameter(table[number].megatron), add, len(table))
         for number, (entry, whole) in enumerate(zip(table, wholes, strict=True)):
             yield from split_for_hf(entry, whole, self.facts)
             report(progress, number + 1, len(table))

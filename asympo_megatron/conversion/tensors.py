@@ -42,6 +42,18 @@ def one_ahead(make: Callable[[int], Tensor], count: int) -> Iterator[Tensor]:
             yield made
 
 
+def two_ahead(read: Callable[[int], Tensor], look_at: Callable[[int, Tensor], None], count: int) -> Iterator[Tensor]:
+    """``read(0)``, ``read(1)`` ...: a thread reads, another looks at what was read, the caller works on a third one."""
+    tensors = one_ahead(read, count)
+
+    def seen(number: int) -> Tensor:
+        tensor = next(tensors)
+        look_at(number, tensor)
+        return tensor
+
+    return one_ahead(seen, count)
+
+
 def hf_shapes(entry: Entry, facts: ModelFacts) -> list[tuple[int, ...]]:
     """Shapes that the config demands of the tensors of ``entry``."""
     hidden, dim = facts.hidden_size, facts.head_dim

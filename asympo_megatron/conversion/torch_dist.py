@@ -83,12 +83,26 @@ class TorchDistFiles:
             raise CheckpointError(f"{self.directory}: {key} is not complete: shards of it are missing. Save it again.")
         with self._readable(key):
             if len(items) == 1:
-                return self._stored(items[0]).reshape(place.shape)
-            whole = torch.empty(tuple(box.sizes), dtype=described.properties.dtype)
-            for item in items:
-                region = zip(item.dest_offsets, item.lengths, strict=True)
-                whole[tuple(slice(start, start + length) for start, length in region)] = self._stored(item)
+                whole = self._stored(items[0]).reshape(place.shape)
+            else:
+                whole = torch.empty(tuple(box.sizes), dtype=described.properties.dtype)
+                for item in items:
+                    region = zip(item.dest_offsets, item.lengths, strict=True)
+                    whole[tuple(slice(start, start + length) for start, length in region)] = self._stored(item)
+        dtype = described.properties.dtype
+        if whole.dtype != dtype:
+            raise CheckpointError(
+                f"{self.directory}: {key} is stored as {whole.dtype}, but {METADATA} says {dtype}. Copy both again."
+            )
         return whole.reshape(place.shape)
+
+    def dtype(self, place: Place) -> torch.dtype:
+        """Of one parameter.
+
+        Raises:
+            CheckpointError: it is not there.
+        """
+        return self._find(place)[1].properties.dtype
 
     def _stored(self, item: ReadItem) -> Tensor:
         """A region of one stored tensor."""

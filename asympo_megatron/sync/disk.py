@@ -10,6 +10,8 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import msgspec
@@ -27,7 +29,7 @@ from asympo_megatron.sync.manifest import (
     verify_version,
     version_path,
 )
-from asympo_megatron.sync.shard_file import ShardFile
+from asympo_megatron.sync.shard_file import Announced, AnnouncedShardFile, Header, ShardFile, cut
 
 SHARD_BYTES = 4 << 30
 _SEALERS = 8
@@ -52,7 +54,8 @@ def write_version(
         root: directory of all versions; created if missing.
         version: number of this version, never used before.
         step: optimizer steps that led to these weights.
-        tensors: (Hugging Face name, tensor) pairs; read once, one in memory at a time.
+        tensors: (Hugging Face name, tensor) pairs; read once, one in memory at a time. Of :class:`Announced` ones,
+            files are hashed while they are written.
         checksum: checksum of the weights, written into the manifest.
         model_files: directory with config.json and tokenizer files, copied beside the weights.
         dtype: floating tensors are converted to it; None keeps theirs.
@@ -96,12 +99,12 @@ def write_model(
         with ThreadPoolExecutor(_SEALERS, "seal") as threads:
             names = copy_model_files(Path(model_files), temporary)
             sealed = [_seal(temporary / name, threads) for name in names]
-            shards = []
-            for shard in _write_shards(temporary, _prepared(tensors, dtype), shard_bytes):
-                shards.append(shard)
-                sealed.append(_seal(shard.path, threads))
+            headers = []
+            for header, entry in _shards(temporary, tensors, dtype, shard_bytes, threads):
+                headers.append(header)
+                sealed.append(entry)
             entries = [entry() for entry in sealed]
-            names += _name_shards(temporary, shards)
+            names += _name_shards(temporary, headers)
             entries += [_seal(temporary / name, threads)() for name in names[len(entries) :]]
         manifest = msgspec.structs.replace(described, files=dict(zip(names, entries, strict=True)))
         (temporary / MANIFEST_NAME).write_bytes(msgspec.json.format(msgspec.json.encode(manifest)))
@@ -132,13 +135,14 @@ def _prepared(tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None) 
         if name in seen:
             raise PublishError(f"tensor {name} was given twice; each name of a version is written once.")
         seen.add(name)
-        tensor = tensor.detach()
-        if dtype is not None and tensor.is_floating_point():
-            tensor = tensor.to(dtype)
-        yield name, tensor.cpu().contiguous()
+        yield name, _converted(tensor.detach(), dtype).cpu().contiguous()
         del tensor  # before the next one is gathered
     if not seen:
         raise PublishError("no tensor was given; a version without weights cannot be loaded.")
+
+
+def _converted(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype)
 
 
 def _seal(file: Path, threads: ThreadPoolExecutor) -> Callable[[], FileEntry]:
@@ -153,36 +157,52 @@ def _seal(file: Path, threads: ThreadPoolExecutor) -> Callable[[], FileEntry]:
     return entry
 
 
-def _write_shards(folder: Path, tensors: Iterator[tuple[str, Tensor]], shard_bytes: int) -> Iterator[ShardFile]:
-    """Shards, each as soon as it is full and written."""
-    shard = ShardFile(folder / "shard-0")
-    count = 1
+def _shards(
+    folder: Path,
+    tensors: Iterable[tuple[str, Tensor]],
+    dtype: torch.dtype | None,
+    shard_bytes: int,
+    threads: ThreadPoolExecutor,
+) -> Iterator[tuple[Header, Callable[[], FileEntry]]]:
+    """Write ``folder/shard-N`` for N = 0, 1, ...; each is handed out as soon as it is full."""
+    prepared = _prepared(tensors, dtype)
+    if isinstance(tensors, Announced):
+        headers = cut(((name, _converted(tensor, dtype)) for name, tensor in tensors.described), shard_bytes)
+        for number, header in enumerate(headers):
+            file = folder / f"shard-{number}"
+            with AnnouncedShardFile(file, header) as announced:
+                # Behind the last one the source may still have something to say: it is read to its end.
+                for name, tensor in prepared if header is headers[-1] else islice(prepared, len(header.names)):
+                    announced.add(name, tensor)
+                    del tensor
+            yield header, partial(FileEntry, file.stat().st_size, announced.digest())
+        return
+    shard, number = ShardFile(folder / "shard-0"), 0
     try:
-        for name, tensor in tensors:
-            full = shard.data_bytes + tensor.nbytes > shard_bytes or not shard.has_room_for(name, tensor)
-            if shard.names and full:
+        for name, tensor in prepared:
+            if not shard.fits(name, tensor, shard_bytes):
                 shard.close()
-                yield shard
-                shard = ShardFile(folder / f"shard-{count}")
-                count += 1
+                yield shard.header, _seal(shard.path, threads)
+                number += 1
+                shard = ShardFile(folder / f"shard-{number}")
             shard.add(name, tensor)
             del tensor
         shard.close()
-        yield shard
+        yield shard.header, _seal(shard.path, threads)
     finally:
         shard.abandon()
 
 
-def _name_shards(folder: Path, shards: list[ShardFile]) -> list[str]:
+def _name_shards(folder: Path, headers: list[Header]) -> list[str]:
     """Their number is known only at the end, so the final names are given then; with an index if there are several."""
-    if len(shards) == 1:
-        shards[0].path.rename(folder / "model.safetensors")
+    if len(headers) == 1:
+        (folder / "shard-0").rename(folder / "model.safetensors")
         return ["model.safetensors"]
-    files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
-    for file, shard in zip(files, shards, strict=True):
-        shard.path.rename(folder / file)
-    weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard.names}
-    index = {"metadata": {"total_size": sum(shard.data_bytes for shard in shards)}, "weight_map": weight_map}
+    files = [f"model-{number:05d}-of-{len(headers):05d}.safetensors" for number in range(1, len(headers) + 1)]
+    for number, file in enumerate(files):
+        (folder / f"shard-{number}").rename(folder / file)
+    weight_map = {name: file for file, header in zip(files, headers, strict=True) for name in header.names}
+    index = {"metadata": {"total_size": sum(header.data_bytes for header in headers)}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
     return [*files, "model.safetensors.index.json"]
 

@@ -1,12 +1,16 @@
 """One safetensors file, written tensor by tensor: the library's own writer wants all of them in memory, twice.
 
-The header stands first and names what follows. A small file is held back until it is complete; a large one gets room
-for its header, filled up with spaces, which the format allows.
+The header stands first and names what follows. Where that is known from the start, the file is hashed while it is
+written. Else a small file is held back until it is complete; a large one gets room for its header, filled up with
+spaces, which the format allows.
 """
 
+import hashlib
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO
@@ -15,6 +19,7 @@ import torch
 from torch import Tensor
 
 from asympo_megatron.errors import PublishError
+from asympo_megatron.files import Flusher
 
 HELD_BYTES = 16 << 20
 """Data held back in the hope that the file ends and its header is known."""
@@ -38,6 +43,121 @@ DTYPES: Mapping[torch.dtype, str] = MappingProxyType(
 )
 
 
+@dataclass(frozen=True)
+class Announced:
+    """Tensors of which names, shapes and dtypes are known before the first of them is there.
+
+    Args:
+        described: (name, tensor on the meta device), in the order of ``tensors``.
+        tensors: (name, tensor) pairs, read once.
+    """
+
+    described: Sequence[tuple[str, Tensor]]
+    tensors: Iterable[tuple[str, Tensor]]
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        return iter(self.tensors)
+
+
+class Header:
+    """The header of a safetensors file under construction."""
+
+    def __init__(self) -> None:
+        self._entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        self.bytes = len(_encoded(self._entries))
+        self.data_bytes = 0
+        self.names: list[str] = []
+
+    def bytes_with(self, name: str, tensor: Tensor) -> int:
+        """Size with one more tensor, at most."""
+        return self.bytes + len(_encoded({name: self._entry(tensor)}))
+
+    def fits(self, tensor: Tensor, shard_bytes: int) -> bool:
+        """Whether the data stays within ``shard_bytes``; a tensor that is larger has a file of its own."""
+        return not self.names or self.data_bytes + tensor.nbytes <= shard_bytes
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Name the next tensor; its data is not looked at.
+
+        Raises:
+            PublishError: a dtype without a name in the format.
+        """
+        self.bytes, self._entries[name] = self.bytes_with(name, tensor), self._entry(tensor)
+        self.names.append(name)
+        self.data_bytes += tensor.nbytes
+
+    def encoded(self) -> bytes:
+        """As the file has it, filled up to whole words."""
+        header = _encoded(self._entries)
+        return header + b" " * (-len(header) % 8)
+
+    def _entry(self, tensor: Tensor) -> dict[str, Any]:
+        if tensor.dtype not in DTYPES:
+            known = ", ".join(str(dtype) for dtype in DTYPES)
+            raise PublishError(f"tensors of {tensor.dtype} cannot be written; convert to {known}.")
+        offsets = [self.data_bytes, self.data_bytes + tensor.nbytes]
+        return {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+
+
+def cut(described: Iterable[tuple[str, Tensor]], shard_bytes: int) -> list[Header]:
+    """The headers of the files that announced tensors fill."""
+    headers = [Header()]
+    for name, tensor in described:
+        if not headers[-1].fits(tensor, shard_bytes):
+            headers.append(Header())
+        headers[-1].add(name, tensor)
+    return headers
+
+
+class AnnouncedShardFile:
+    """A safetensors file with a known header, hashed while it is written; on leaving, it is on the disk.
+
+    Args:
+        path: file to write.
+        header: of all tensors to come.
+    """
+
+    def __init__(self, path: Path, header: Header) -> None:
+        self._path, self._announced, self._written = path, header.encoded(), Header()
+        self._sha256, self._threads = hashlib.sha256(), ThreadPoolExecutor(1, "shard")
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Append a contiguous tensor on the CPU.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        if not self._written.names:
+            self._put(struct.pack("<Q", len(self._announced)) + self._announced)
+        self._written.add(name, tensor)
+        self._put(_bytes(tensor))
+
+    def digest(self) -> str:
+        """Hexadecimal sha256 of the file.
+
+        Raises:
+            PublishError: the tensors are not those of the header.
+        """
+        if self._written.encoded() != self._announced:
+            raise PublishError(f"{self._path.name}: the tensors differ from those announced in name, shape or dtype.")
+        return self._sha256.hexdigest()
+
+    def __enter__(self) -> "AnnouncedShardFile":
+        self._file = self._path.open("wb")
+        self._flusher = Flusher(self._file).__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._threads.shutdown()
+        with self._file:
+            self._flusher.__exit__(*error)
+
+    def _put(self, data: Any) -> None:
+        writing = self._threads.submit(self._file.write, data)
+        self._sha256.update(data)
+        self._flusher.wrote(writing.result())
+
+
 class ShardFile:
     """A safetensors file under construction; whole once :meth:`close` has returned.
 
@@ -48,16 +168,14 @@ class ShardFile:
 
     def __init__(self, path: Path, header_bytes: int = HEADER_BYTES) -> None:
         self.path, self._room = path, header_bytes
-        self._header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        self._header_size = len(_encoded(self._header))
-        self._held: list[Tensor] = []
+        self.header = Header()
+        self._held: list[bytes] = []
         self._file: BinaryIO | None = None
-        self.data_bytes = 0
-        self.names: list[str] = []
 
-    def has_room_for(self, name: str, tensor: Tensor) -> bool:
-        """Whether the header can still name this tensor."""
-        return self._header_size + len(_encoded({name: self._entry(tensor)})) + 8 <= self._room
+    def fits(self, name: str, tensor: Tensor, shard_bytes: int) -> bool:
+        """Whether this tensor belongs into this file, too."""
+        has_room = self.header.bytes_with(name, tensor) + 8 <= self._room
+        return not self.header.names or (self.header.fits(tensor, shard_bytes) and has_room)
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Append a contiguous tensor on the CPU.
@@ -66,17 +184,13 @@ class ShardFile:
             PublishError: a dtype without a name in the format.
             OSError: the file cannot be written.
         """
-        entry = self._entry(tensor)
-        self._header[name] = entry
-        self._header_size += len(_encoded({name: entry}))
-        self.names.append(name)
-        self.data_bytes += tensor.nbytes
-        if self._file is not None:
-            self._file.write(_bytes(tensor))
-            return
-        self._held.append(tensor)
-        if self.data_bytes > HELD_BYTES:
+        self.header.add(name, tensor)
+        if self._file is None and self.header.data_bytes > HELD_BYTES:
             self._flush_held(self._room)
+        if self._file is None:
+            self._held.append(bytes(_bytes(tensor)))  # a copy: the tensor may change before the file is written
+        else:
+            self._file.write(_bytes(tensor))
 
     def close(self) -> None:
         """Complete the file.
@@ -84,9 +198,9 @@ class ShardFile:
         Raises:
             OSError: the file cannot be written.
         """
-        header = _encoded(self._header)
+        header = self.header.encoded()
         if self._file is None:
-            self._flush_held(len(header) + -len(header) % 8)
+            self._flush_held(len(header))
         assert self._file is not None
         self._file.seek(8)
         self._file.write(header)
@@ -98,18 +212,11 @@ class ShardFile:
         if self._file is not None:
             self._file.close()
 
-    def _entry(self, tensor: Tensor) -> dict[str, Any]:
-        if tensor.dtype not in DTYPES:
-            known = ", ".join(str(dtype) for dtype in DTYPES)
-            raise PublishError(f"{self.path.name}: tensors of {tensor.dtype} cannot be written; convert to {known}.")
-        offsets = [self.data_bytes, self.data_bytes + tensor.nbytes]
-        return {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
-
     def _flush_held(self, room: int) -> None:
         self._file = self.path.open("wb")
         self._file.write(struct.pack("<Q", room) + b" " * room)
-        for tensor in self._held:
-            self._file.write(_bytes(tensor))
+        for data in self._held:
+            self._file.write(data)
         self._held = []
 
 

@@ -258,10 +258,20 @@ def test_damaged_input_gives_one_clear_error_and_no_output(make_hf: MakeHF, tmp_
     assert not (tmp_path / "out").exists() or os.listdir(tmp_path / "out") == []
 
 
+def _lie_about_dtype(checkpoint: Path) -> None:
+    metadata = pickle.loads((checkpoint / METADATA).read_bytes())
+    metadata.state_dict_metadata["decoder.final_layernorm.weight"].properties.dtype = torch.bfloat16
+    (checkpoint / METADATA).write_bytes(pickle.dumps(metadata))
+
+
 DAMAGED_CHECKPOINT: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no format": (lambda d: (d / CONFIG).unlink(), "no complete checkpoint|no Megatron checkpoint"),
     "other format": (lambda d: (d / CONFIG).write_text('{"sharded_backend": "zarr"}'), "'zarr'; only torch_dist"),
     "metadata": (lambda d: (d / METADATA).write_bytes(b"junk"), "cannot be read.*Copy it again"),
+    "dtype": (
+        _lie_about_dtype,
+        r"final_layernorm.weight is stored as torch.float32, but .metadata says torch.bfloat16",
+    ),
     "no data": (lambda d: (d / "__0_0.distcp").unlink(), "__0_0.distcp is missing"),
     "cut data": (lambda d: os.truncate(d / "__0_0.distcp", 9000), "cannot be read.*Copy the damaged files again"),
     "arguments": (lambda d: (d / COMMON).write_bytes(b"junk"), "common.pt cannot be read"),

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -94,7 +94,10 @@ def test_tensors_that_share_or_cut_storage_are_written_whole(tmp_path: Path, mod
     assert {name: tensor.tolist() for name, tensor in loaded.items()} == {n: t.tolist() for n, t in tensors}
 
 
-def test_tensors_are_held_one_at_a_time(tmp_path: Path, model_files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("known", [False, True])
+def test_tensors_are_held_one_at_a_time(
+    tmp_path: Path, model_files: Path, monkeypatch: pytest.MonkeyPatch, known: bool
+) -> None:
     """Each tensor is released once it is written, long before its shard is full."""
     monkeypatch.setattr(shard_file, "HELD_BYTES", 0)
     alive: list[weakref.ref] = []
@@ -109,7 +112,9 @@ def test_tensors_are_held_one_at_a_time(tmp_path: Path, model_files: Path, monke
             del tensor
             most = max(most, sum(reference() is not None for reference in alive))
 
-    write_version(tmp_path / "w", 1, 1, stream(), "x", model_files, shard_bytes=4000)
+    described = [(f"t{number}", torch.empty(100, device="meta")) for number in range(12)]
+    tensors = shard_file.Announced(described, stream()) if known else stream()
+    write_version(tmp_path / "w", 1, 1, tensors, "x", model_files, shard_bytes=4000)
     assert most == 0, "a tensor is given up before the next is gathered"
 
 
@@ -133,20 +138,72 @@ def test_a_shard_that_is_full_is_hashed_while_the_next_is_written(
     verify_version(write_version(tmp_path / "w", 1, 1, stream(), "x", model_files, shard_bytes=40))
 
 
+@pytest.mark.parametrize("known", [False, True])
 def test_every_file_is_on_the_disk_before_the_version_has_its_name(
-    tmp_path: Path, model_files: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, model_files: Path, monkeypatch: pytest.MonkeyPatch, known: bool
 ) -> None:
     flushed: set[int] = set()
 
-    def flush(path: Path) -> None:
-        if path == tmp_path / "w":  # after the rename
-            (version,) = path.iterdir()
-            assert {file.stat().st_ino for file in (version, *version.iterdir())} == flushed
-        flushed.add(path.stat().st_ino)
+    def flush(descriptor: int) -> None:
+        file = os.fstat(descriptor).st_ino
+        if file == (tmp_path / "w").stat().st_ino:  # after the rename
+            (version,) = (tmp_path / "w").iterdir()
+            assert {each.stat().st_ino for each in (version, *version.iterdir())} == flushed
+        flushed.add(file)
 
-    monkeypatch.setattr(disk, "fsync", flush)
-    path = write_version(tmp_path / "w", 1, 1, TENSORS.items(), "x", model_files, shard_bytes=100)
+    monkeypatch.setattr(os, "fsync", flush)
+    tensors = announced(TENSORS.items()) if known else TENSORS.items()
+    path = write_version(tmp_path / "w", 1, 1, tensors, "x", model_files, shard_bytes=100)
     assert len(flushed) == 2 + len(os.listdir(path)) == 8
+
+
+def announced(tensors: Iterable[tuple[str, Tensor]]) -> shard_file.Announced:
+    given = list(tensors)
+    return shard_file.Announced([(name, tensor.to("meta")) for name, tensor in given], iter(given))
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("shard_bytes", [disk.SHARD_BYTES, 100, 1])
+def test_announced_tensors_make_the_same_files(
+    tmp_path: Path, model_files: Path, dtype: torch.dtype | None, shard_bytes: int
+) -> None:
+    for root, tensors in (("a", TENSORS.items()), ("b", announced(TENSORS.items()))):
+        write_version(tmp_path / root, 1, 1, tensors, "x", model_files, dtype, shard_bytes)
+    first, second = (tmp_path / root / "v000001" for root in "ab")
+    assert verify_version(second) == verify_version(first)
+    assert sorted(os.listdir(first)) == sorted(os.listdir(second))
+
+
+@pytest.mark.parametrize("shard_bytes", [disk.SHARD_BYTES, 40])
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"a": torch.ones(10), "b": torch.ones(10)},
+        {"a": torch.ones(10), "b": torch.ones(10), "d": torch.ones(10)},
+        {"a": torch.ones(10), "b": torch.ones(5, 2), "c": torch.ones(10)},
+        {"a": torch.ones(10), "b": torch.ones(10), "c": torch.ones(10, dtype=torch.int32)},
+        {"a": torch.ones(10), "b": torch.ones(10), "c": torch.ones(10), "d": torch.ones(10)},
+    ],
+)
+def test_tensors_other_than_announced_are_not_published(
+    tmp_path: Path, model_files: Path, given: dict[str, Tensor], shard_bytes: int
+) -> None:
+    described = [(name, torch.empty(10, device="meta")) for name in "abc"]
+    tensors = shard_file.Announced(described, given.items())
+    with pytest.raises(PublishError, match=r"shard-\d: the tensors differ from those announced"):
+        write_version(tmp_path / "w", 1, 1, tensors, "x", model_files, shard_bytes=shard_bytes)
+    assert os.listdir(tmp_path / "w") == []
+
+
+def test_what_a_source_says_behind_its_last_tensor_is_heard(tmp_path: Path, model_files: Path) -> None:
+    def damaged() -> Iterator[tuple[str, Tensor]]:
+        yield "a", torch.ones(3)
+        raise KeyboardInterrupt
+
+    tensors = shard_file.Announced([("a", torch.ones(3, device="meta"))], damaged())
+    with pytest.raises(KeyboardInterrupt):
+        write_version(tmp_path / "w", 1, 1, tensors, "x", model_files)
+    assert os.listdir(tmp_path / "w") == []
 
 
 @pytest.mark.parametrize("held_bytes", [0, 1 << 20])
