@@ -105,30 +105,26 @@ def _pieces(base: Path, changes: Sequence[Any]) -> Iterator[Any]:
 def _changes(old: Integers, new: Integers) -> list[tuple[str, Integers]]:
     """The entries of one tensor; none where nothing changed."""
     most = new.nbytes // (2 + new.itemsize)
-    found, count = [], 0
+    gaps: list[Integers] = []
+    values: list[Integers] = []
+    count, last = 0, 0
     for start in range(0, new.size, _CHUNK):
-        found.append(np.flatnonzero(old[start : start + _CHUNK] != new[start : start + _CHUNK]) + start)
-        count += found[-1].size
+        positions = np.flatnonzero(old[start : start + _CHUNK] != new[start : start + _CHUNK]) + start
+        if positions.size == 0:
+            continue
+        positions = _bridged(positions, last)
+        count += positions.size
         if count > most:
-            return _whole(new)
-    if count == 0:
-        return []
-    positions = _bridged(np.concatenate(found))
-    if positions.size > most:
-        return _whole(new)
-    return [
-        ("gaps", np.diff(positions, prepend=0).astype(np.uint16).view(np.int16)),
-        ("values", np.asarray(new[positions])),
-    ]
+            return [("whole", np.array(new).view(np.uint8))]
+        gaps.append(np.diff(positions, prepend=last).astype(np.uint16).view(np.int16))
+        values.append(np.asarray(new[positions]))
+        last = positions[-1]
+    return [("gaps", np.concatenate(gaps)), ("values", np.concatenate(values))] if gaps else []
 
 
-def _whole(elements: Integers) -> list[tuple[str, Integers]]:
-    return [("whole", np.array(elements).view(np.uint8))]
-
-
-def _bridged(positions: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Ascending positions with others between, so that no two are further apart than a gap can say."""
-    bridges = np.maximum(np.diff(positions, prepend=0) - 1, 0) // _WIDEST_GAP
+def _bridged(positions: NDArray[np.int64], last: int) -> NDArray[np.int64]:
+    """Ascending positions after ``last`` with others between, so that no two are further apart than a gap can say."""
+    bridges = np.maximum(np.diff(positions, prepend=last) - 1, 0) // _WIDEST_GAP
     if not bridges.any():
         return positions
     number = np.arange(bridges.sum()) - np.repeat(np.cumsum(bridges) - bridges, bridges)
