@@ -133,10 +133,12 @@ class Mirror:
         return read_manifest(version_path(self._folder.path, published.version)).files == published.whole
 
     def _remove_others(self, newest: int) -> None:
+        now_s = time.monotonic()
         with self._leasing:
-            leased = {version for version, until_s in self._leases.values() if until_s > time.monotonic()}
+            self._leases = {name: lease for name, lease in self._leases.items() if lease[1] > now_s}
+            kept = {newest, *(version for version, _ in self._leases.values())}
         for version in list_versions(self._folder.path):
-            if version not in leased | {newest}:
+            if version not in kept:
                 shutil.rmtree(version_path(self._folder.path, version), ignore_errors=True)
 
     def _patiently(self, work: Callable[[], Known]) -> Known:
