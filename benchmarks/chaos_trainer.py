@@ -222,7 +222,7 @@ def _train(world: World, points: Points, signals: StopSignals) -> None:
     client = ControllerClient(world.controller_url, None, PATIENCE_S)
     source = _Source(config, client, exchange, preemption, learner, points)
     transport = DiskTransport(run_dir.weights, world.path / "model", config.sync.keep_last)
-    publisher = Publisher(config, client, exchange, transport)
+    publisher = Publisher(config, ControllerClient(world.controller_url, None, PATIENCE_S), exchange, transport)
     layout: Any = SimpleNamespace(dp_size=1, dp_rank=0, pad_multiple=1, pack_multiple=1)
     rows = MetricsRows(MetricsWriter(run_dir.metrics), [])
     loop_learner: Any = learner

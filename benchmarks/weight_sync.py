@@ -19,13 +19,12 @@ Results: docs/asynchrony.md.
 
 import asyncio
 import contextlib
-import ctypes
+import functools
 import os
 import shutil
 import statistics
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -54,12 +53,11 @@ from asympo_megatron.sync import manifest, verify_version, write_version
 from asympo_megatron.sync.sender import WeightSender
 from asympo_megatron.sync.sharer import WeightSharer
 from asympo_megatron.sync.transport import DiskTransport, SenderTransport, Transport
+from asympo_megatron.trainer.handover import Handover
 
 MEBIBYTE = 2**20
 GOAL = 0.8
 REPEATS = 5
-_MMAP_THRESHOLD = -3
-"""M_MMAP_THRESHOLD of malloc.h."""
 TRANSPORTS = ("disk", "collective", "colocated")
 
 
@@ -230,7 +228,7 @@ def prepare_publish(name: str, size: Size, root: Path, url: str) -> Callable[[],
     transport = make_transport(name, size, root / f"memory_{name}", root)
 
     def publish() -> int:
-        return peak_above(lambda: store_and_send(transport, weights, url))
+        return harness.peak_above(lambda: store_and_send(transport, weights, url))
 
     return publish
 
@@ -251,51 +249,27 @@ def store_and_send(transport: Transport, weights: dict[str, Tensor], url: str) -
     transport.keep([1])
 
 
-def peak_above(call: Callable[[], object]) -> int:
-    """Bytes of anonymous and shared memory that a call has this process hold, at the worst moment."""
-    with contextlib.suppress(
-        AttributeError
-    ):  # glibc only: what is freed goes back at once, what was freed does not serve
-        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, MEBIBYTE)
-        ctypes.CDLL(None).malloc_trim(0)
-    before = held_bytes()
-    peak, done = before, threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.wait(0.001):
-            peak = max(peak, held_bytes())
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
-        call()
-    finally:
-        done.set()
-        watcher.join()
-    return max(peak, held_bytes()) - before
-
-
-def held_bytes() -> int:
-    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return sum(int(fields[name].split()[0]) for name in ("RssAnon", "RssShmem")) * 1024
-
-
 def stall(report: harness.Report, weights: dict[str, Tensor], size: Size, root: Path) -> None:
-    """Seconds of the learner's thread in a publish."""
+    """Seconds of the learner's thread in a publish; that the version before it has arrived is not part of it."""
     gather_s = median_s(lambda: [None for _ in gathered(weights)])
     for name in TRANSPORTS:
         transport = make_transport(name, size, root / f"stall_{name}", root)
-        versions = iter(range(1, 2 * REPEATS))
-
-        def publish(transport: Transport = transport, versions: Iterator[int] = versions) -> None:
-            version = next(versions)
-            transport.store(version, version, gathered(weights), "checksum")
-            transport.keep([version])
-
-        seconds = median_s(publish)
+        seconds, whole = [], []
+        for version in range(1, REPEATS + 1):
+            handover = Handover(functools.partial(store_and_keep, transport, version))
+            start = time.perf_counter()
+            handover.give(gathered(weights))
+            seconds.append(time.perf_counter() - start)
+            handover.finish(wait=True)
+            whole.append(time.perf_counter() - start)
         transport.close()
-        report.show(f"weight_sync/{name}/stall", seconds, "s", gather_s=round(gather_s, 3))
+        figures = {"gather_s": round(gather_s, 3), "until_published_s": round(statistics.median(whole), 3)}
+        report.show(f"weight_sync/{name}/stall", statistics.median(seconds), "s", **figures)
+
+
+def store_and_keep(transport: Transport, version: int, tensors: Iterator[tuple[str, Tensor]]) -> None:
+    transport.store(version, version, tensors, "checksum")
+    transport.keep([version])
 
 
 def median_s(call: Callable[[], object]) -> float:

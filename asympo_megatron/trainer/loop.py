@@ -49,11 +49,13 @@ class TrainingLoop:
             self._settle(wait=True)
             raise
         self._settle(wait=True)
+        if self._publisher is not None:
+            self._publisher.settle(wait=True)
         self._rows.finish(self._source.finish(self._learner.step_count))
 
     def _train_step(self, step: int) -> str:
         clock = _Clock()
-        lease = self._source.lease(step, lambda: self._settle(wait=False))
+        lease = self._source.lease(step, self._look_after)
         microbatches = self._fetch(lease)
         clock.lap("time/wait_s")
         for which in self._learner.passes:
@@ -105,6 +107,12 @@ class TrainingLoop:
         self._checkpoints.begin(self._learner, background=background)
         if not background:
             self._settle(wait=True)
+
+    def _look_after(self) -> None:
+        """While a lease is waited for: what is under way may be done, or have failed (then no batch may ever come)."""
+        self._settle(wait=False)
+        if self._publisher is not None:
+            self._publisher.settle(wait=False)
 
     def _settle(self, *, wait: bool) -> None:
         """Complete and commit the checkpoint that is begun, if there is one and it is written."""

@@ -118,11 +118,13 @@ def _source(
     if rollout.controller_url:
         # The controller waits as long for its engines: it must be the one to give up first and name the engine.
         patience_s = rollout.engine_start_timeout_s + CONTROLLER_START_S
-        client = ControllerClient(rollout.controller_url, rollout.controller_token, patience_s)
+        client, announcing = (
+            ControllerClient(rollout.controller_url, rollout.controller_token, patience_s) for _ in range(2)
+        )
         publisher = None
         if rollout.source == "engines":
             transport = _transport(config, layout, run_dir, model_dir) if exchange.rank == 0 else None
-            publisher = Publisher(config, client, exchange, transport)
+            publisher = Publisher(config, announcing, exchange, transport)
         return ControllerSource(config, client, exchange, preemption), publisher
     if rollout.source == "engines":
         raise ConfigError(

@@ -91,8 +91,8 @@ def test_a_transport_that_holds_a_whole_version_is_noticed(world, weights, way):
 
     try:
         whole = 8 * weight_sync.total_bytes(weights)
-        assert weight_sync.peak_above(lambda: transport.store(1, 1, gathered(False), "checksum")) < whole / 2
-        assert weight_sync.peak_above(lambda: transport.store(2, 2, gathered(True), "checksum")) > 0.9 * whole
+        assert harness.peak_above(lambda: transport.store(1, 1, gathered(False), "checksum")) < whole / 2
+        assert harness.peak_above(lambda: transport.store(2, 2, gathered(True), "checksum")) > 0.9 * whole
     finally:
         transport.close()
 
@@ -105,5 +105,5 @@ def test_memory_is_that_of_the_call_at_its_worst_moment():
         del block
 
     before = torch.zeros(64 * MEBIBYTE, dtype=torch.uint8).fill_(1)
-    assert 60 * MEBIBYTE < weight_sync.peak_above(call) < 72 * MEBIBYTE
+    assert 60 * MEBIBYTE < harness.peak_above(call) < 72 * MEBIBYTE
     del before

@@ -6,7 +6,13 @@ import pytest
 
 from asympo_megatron import protocol
 from asympo_megatron.config import load_config
-from asympo_megatron.errors import CheckpointError, NonFiniteLossError, PreemptedError, StaleIncarnationError
+from asympo_megatron.errors import (
+    CheckpointError,
+    NonFiniteLossError,
+    PreemptedError,
+    PublishError,
+    StaleIncarnationError,
+)
 from asympo_megatron.mcore.checkpoints import Saved
 from asympo_megatron.trainer.loop import TrainingLoop
 
@@ -91,10 +97,27 @@ class World:
             raise PreemptedError("SIGTERM asked to stop.")
 
 
-def run(world, steps, *overrides):
+class FailingPublisher:
+    """Its first version fails after so many looks at it, or while it is waited for."""
+
+    def __init__(self, looks):
+        self.looks = looks
+
+    def due(self, step):
+        return step == 0
+
+    def publish(self, *_): ...
+
+    def settle(self, *, wait):
+        self.looks -= 1
+        if wait or self.looks <= 0:
+            raise PublishError("no space left.")
+
+
+def run(world, steps, *overrides, publisher=None):
     config = load_config("quickstart", [f"run.steps={steps}", "checkpoint.async_save=true", *overrides])
     layout = SimpleNamespace(dp_rank=0, dp_size=1, pad_multiple=1, pack_multiple=1)
-    TrainingLoop(config, world, layout, world, None, world, world, world).run()
+    TrainingLoop(config, world, layout, world, publisher, world, world, world).run()
 
 
 def test_training_goes_on_until_the_next_save_is_due():
@@ -148,3 +171,12 @@ def test_a_replaced_trainer_completes_nothing():
     with pytest.raises(StaleIncarnationError):
         run(world, 9, "checkpoint.interval_steps=2")
     assert world.log == ["train 1", "train 2", "begin 2", "train 3", "train 4"]
+
+
+@pytest.mark.parametrize(("looks", "trained"), [(1, 0), (3, 2), (99, 4)])
+def test_a_version_that_fails_ends_the_run_while_groups_are_waited_for_or_at_the_end(looks, trained):
+    """Without weights on the engines no batch may ever come."""
+    world = World()
+    with pytest.raises(PublishError):
+        run(world, 4, publisher=FailingPublisher(looks))
+    assert world.step_count == trained
