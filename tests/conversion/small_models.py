@@ -41,7 +41,12 @@ KINDS: dict[str, dict[str, Any]] = {
     "llama3-rope": {"model_type": "llama", "tie_word_embeddings": True, "rope_parameters": LLAMA3},
     "qwen3_moe": {**MOE, "norm_topk_prob": True, "mlp_only_layers": [1], "num_hidden_layers": 4},
     "qwen3_moe-raw-weights": {**MOE, "norm_topk_prob": False, "tie_word_embeddings": True},
-    "mistral": {"model_type": "mistral", "sliding_window": None, "rope_parameters": {"rope_theta": 1e6}},
+    "mistral": {
+        "model_type": "mistral",
+        "num_hidden_layers": 4,
+        "sliding_window": None,
+        "rope_parameters": {"rope_theta": 1e6},
+    },
 }
 
 

@@ -30,6 +30,9 @@ MOE_LAYOUTS: dict[int, tuple[dict[str, Any], ...]] = {
     4: ({"expert": 2, "pipeline": 2}, {"expert": 2, "tensor": 2, "sequence": True}),
 }
 
+INTERLEAVED = {"pipeline": 2, "virtual_pipeline": 2}
+"""For models of four layers."""
+
 
 def _cases(make_hf: MakeHF, tmp_path: Path, kinds: tuple[str, ...], ranks: int) -> dict[str, Any]:
     cases = {}
@@ -39,7 +42,8 @@ def _cases(make_hf: MakeHF, tmp_path: Path, kinds: tuple[str, ...], ranks: int) 
         base.model.path = str(source)
         hf_to_megatron(override_config(base, []), source, tmp_path / f"{kind}-megatron")
         hf = json.loads((source / "config.json").read_text())
-        for layout in (MOE_LAYOUTS if "moe" in kind else LAYOUTS)[ranks]:
+        interleaved = [INTERLEAVED] if hf["num_hidden_layers"] == 4 else []
+        for layout in [*(MOE_LAYOUTS if "moe" in kind else LAYOUTS)[ranks], *interleaved]:
             name = "-".join([kind, *(f"{key}{value}" for key, value in layout.items())])
             cases[name] = {
                 "kind": kind,
