@@ -42,6 +42,9 @@ class FakeRouter:
         """Statuses of the next answers."""
         self.removals = asyncio.Event()
         """Not set: workers stay, although their removal was accepted."""
+        self.removals_asked = 0
+        self.left_behind: str | None = None
+        """A worker that it has from the start."""
         self.removals.set()
         self.at_first = 1
         """Requests wait until so many workers have joined."""
@@ -51,6 +54,9 @@ class FakeRouter:
     async def start(self) -> str:
         """Listen, on the same port as before, with no workers."""
         self.workers.clear()
+        self._joined.clear()
+        if self.left_behind is not None:
+            self.workers[self.left_behind] = str(uuid.uuid4())
         self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
         app = web.Application()
         app.router.add_post("/generate", self._generate)
@@ -85,6 +91,7 @@ class FakeRouter:
 
     async def _remove(self, request: web.Request) -> web.Response:
         self._check(request)
+        self.removals_asked += 1
         for url, worker in list(self.workers.items()):
             if worker == request.match_info["worker"] and self.removals.is_set():
                 del self.workers[url]

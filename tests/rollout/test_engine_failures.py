@@ -36,6 +36,14 @@ GARBAGE = {
         changed(meta__weight_versions=[{"version": "9", "start": 0, "end": 4}]),
         "'9' was never published",
     ),
+    "other label": (
+        changed(meta__weight_versions=[{"version": "0.ab", "start": 0, "end": 4}]),
+        "'0.ab' was never published",
+    ),
+    "labels of a router's engine": (
+        changed(meta__weight_version="0.ab", meta__weight_versions=[{"version": "0.ab", "start": 0, "end": 4}]),
+        "weights labelled by another controller",
+    ),
     "unknown finish": (changed(meta__finish_reason={"type": "tired"}), "finish_reason is 'tired'"),
     "not JSON": (lambda _: b"<html>", "not of the expected form"),
     "server error": (lambda _: 503, "answered HTTP 503"),

@@ -1,5 +1,6 @@
 """Training requests through a router, which chooses the engine: right versions, right limits, nothing lost."""
 
+import asyncio
 from collections import Counter
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from rollout_world import VOCAB, run_async
 
 from asympo_megatron.config import Config
 from asympo_megatron.config.validate import validate
-from asympo_megatron.errors import ConfigError, ControllerError
+from asympo_megatron.errors import ConfigError, ControllerError, EngineError
 from asympo_megatron.rollout.bell import Bell
 from asympo_megatron.rollout.fleet import Engine, EngineState, Fleet
 from asympo_megatron.rollout.rows import VersionRow
@@ -123,6 +124,38 @@ def test_admission_counts_every_engine_that_the_router_may_choose() -> None:
         a.state, a.weights = EngineState.QUARANTINED, None
         found.append(both.step)
         assert found == steps
+
+
+def test_requests_that_a_failed_engine_may_hold_count() -> None:
+    async def scenario() -> None:
+        both = Fleet(2, 4, Bell(), routed=True)
+        for url in ("a", "b"):
+            both.engines[url] = Engine(url, None, EngineState.SERVING, row(0, 0))  # type: ignore[arg-type]
+        slots = [await both.acquire(group) for group in (0, 1, 2, 3)]
+        assert sorted(engine.url for engine in slots) == ["a", "a", "b", "b"]
+        both.set_state(both.engines["a"], EngineState.QUARANTINED)
+        fifth = asyncio.create_task(both.acquire(4))
+        for engine in sorted(slots, key=lambda engine: engine.url, reverse=True)[:3]:
+            await asyncio.sleep(0)
+            assert not fifth.done(), "an engine that serves may have two"
+            both.release(engine)
+        assert (await fifth).url == "b"
+        assert both.in_flight == 2
+
+    run_async(scenario())
+
+
+def test_tags_name_engines_that_are_trusted_and_no_others() -> None:
+    one = Engine("a", None, tag="t")  # type: ignore[arg-type]
+    both = Fleet(2, 4, Bell(), routed=True)
+    both.engines["a"] = one
+    for state in EngineState:
+        one.state, one.failure = state, None
+        trusted = state in (EngineState.SERVING, EngineState.SYNCING)
+        assert both.named("t") is (one if trusted else None)
+        assert both.named("") is both.named("u") is None
+        one.failure = EngineError("gone")
+        assert both.named("t") is None
 
 
 def test_router_that_was_started_again_gets_its_workers_back(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Engines that fail behind a router: the right one is found, and none of its doubtful answers is trained."""
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,10 @@ def test_failed_engine_leaves_the_router_before_it_goes_on(tmp_path: Path) -> No
             router.removals.clear()
             router.log.clear()
             await w.trainer.publish(5)
-            await w.until(lambda: fleet(w).engines[broken.url].state is EngineState.QUARANTINED)
+            held = fleet(w).engines[broken.url]
+            await w.until(lambda: held.state is EngineState.QUARANTINED)
+            await several_removals(router)
+            assert held.state is EngineState.QUARANTINED
             router.removals.set()
             await w.until(lambda: len(fleet(w).serving) == 2)
             log = [line for line in router.log if line not in ("/health_generate", "/model_info", "/abort_request")]
@@ -83,6 +87,39 @@ def test_failed_engine_leaves_the_router_before_it_goes_on(tmp_path: Path) -> No
             while back not in router.log:
                 await w.client.get("/status")
             assert router.log.index(back) > len(router.log) - 1 - router.log[::-1].index("/continue_generation")
+
+    run_async(scenario())
+
+
+async def several_removals(router: FakeRouter) -> None:
+    """Until the controller has asked again and again: it had time to go on without."""
+    asked = router.removals_asked
+    async with asyncio.timeout(60.0):
+        while router.removals_asked < asked + 3:
+            await asyncio.sleep(0)
+
+
+def test_engine_that_an_earlier_controller_left_in_the_router(tmp_path: Path) -> None:
+    """It may hold half of a version and be paused: nobody tells it to go on while requests may reach it."""
+
+    async def scenario() -> None:
+        router, engine = FakeRouter(), FakeEngine(VOCAB)
+        router.left_behind = await engine.start()
+        await engine.kill()
+        engine.paused = True
+        note = engine._note
+
+        async def logged(path: str, body: dict[str, Any]) -> None:
+            router.log.append(path)
+            await note(path, body)
+
+        engine._note = logged  # type: ignore[method-assign]
+        router.removals.clear()
+        async with routed_world(tmp_path, router, [engine]) as w:
+            await several_removals(router)
+            router.removals.set()
+            assert sorted(await train(w, 1, begin=True)) == each(1)
+            assert router.log[:3] == [f"removed {engine.url}", "/ready", "/continue_generation"]
 
     run_async(scenario())
 
