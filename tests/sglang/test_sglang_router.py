@@ -2,15 +2,16 @@
 
 import asyncio
 import contextlib
+import json
 import signal
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import psutil
 import pytest
 import torch
@@ -101,15 +102,13 @@ def wrong_tokens(sample: Any, references: dict[str, torch.nn.Module]) -> list[in
     return wrong
 
 
-async def workers(url: str) -> set[str]:
-    async with aiohttp.ClientSession() as session, session.get(url + "/workers") as answer:
-        return {worker["url"] for worker in (await answer.json())["workers"]}
+def workers(url: str) -> set[str]:
+    with urllib.request.urlopen(url + "/workers", timeout=10) as answer:
+        return {worker["url"] for worker in json.load(answer)["workers"]}
 
 
 async def has_workers(url: str, expected: set[str]) -> None:
-    async with asyncio.timeout(60.0):
-        while await workers(url) != expected:
-            await asyncio.sleep(0.1)
+    await asyncio.to_thread(wait_until, lambda: workers(url) == expected, f"the router has {expected}", 60.0, 0.1)
 
 
 async def train(w: World, steps: range, references: dict[str, torch.nn.Module]) -> int:
