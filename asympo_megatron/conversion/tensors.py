@@ -31,27 +31,20 @@ def join_from_hf(entry: Entry, parts: Sequence[Tensor], facts: ModelFacts) -> Te
     return torch.cat(list(parts)) if entry.join == "gate_up" else parts[0]
 
 
-def one_ahead(make: Callable[[int], Tensor], count: int) -> Iterator[Tensor]:
-    """``make(0)``, ``make(1)`` ...: a thread makes the next one while the caller works on one; two are in memory."""
-    with ThreadPoolExecutor(1) as worker:
-        upcoming = worker.submit(make, 0)
+def one_ahead(make: Callable[[int], Tensor], look_at: Callable[[int, Tensor], None], count: int) -> Iterator[Tensor]:
+    """``make(0)``, ``make(1)`` ...: a thread makes the next one while the caller works on one; two are in memory.
+
+    Another thread calls ``look_at(number, tensor)`` while the caller has that tensor; read to the end, all are done.
+    """
+    with ThreadPoolExecutor(2) as workers:
+        upcoming = workers.submit(make, 0)
         for number in range(1, count + 1):
             made = upcoming.result()
             if number < count:
-                upcoming = worker.submit(make, number)
+                upcoming = workers.submit(make, number)
+            looking = workers.submit(look_at, number - 1, made)
             yield made
-
-
-def two_ahead(read: Callable[[int], Tensor], look_at: Callable[[int, Tensor], None], count: int) -> Iterator[Tensor]:
-    """``read(0)``, ``read(1)`` ...: a thread reads, another looks at what was read, the caller works on a third one."""
-    tensors = one_ahead(read, count)
-
-    def seen(number: int) -> Tensor:
-        tensor = next(tensors)
-        look_at(number, tensor)
-        return tensor
-
-    return one_ahead(seen, count)
+            looking.result()
 
 
 def hf_shapes(entry: Entry, facts: ModelFacts) -> list[tuple[int, ...]]:

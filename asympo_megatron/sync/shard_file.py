@@ -27,6 +27,9 @@ HELD_BYTES = 16 << 20
 HEADER_BYTES = 1 << 20
 """Room for the header of a larger file: about 8,000 tensors."""
 
+_SMALL_BYTES = 1 << 16
+"""Less is written before it is hashed: another thread would cost more than it saves."""
+
 DTYPES: Mapping[torch.dtype, str] = MappingProxyType(
     {
         torch.float64: "F64",
@@ -153,9 +156,14 @@ class AnnouncedShardFile:
             self._flusher.__exit__(*error)
 
     def _put(self, data: Any) -> None:
-        writing = self._threads.submit(self._file.write, data)
-        self._sha256.update(data)
-        self._flusher.wrote(writing.result())
+        if len(data) < _SMALL_BYTES:
+            written = self._file.write(data)
+            self._sha256.update(data)
+        else:
+            writing = self._threads.submit(self._file.write, data)
+            self._sha256.update(data)
+            written = writing.result()
+        self._flusher.wrote(written)
 
 
 class ShardFile:
