@@ -84,13 +84,11 @@ class RouterClient(EngineClient):
         return {worker.url.rstrip("/"): worker.id for worker in found if worker.status != "draining"}
 
     async def add_worker(self, url: str) -> None:
-        """Ask for it; a router does it in its own time, or not at all while the engine does not answer."""
-        await self._call(
-            "POST",
-            "/workers",
-            {"url": url} | ({"api_key": self._api_key} if self._api_key else {}),
-            self.control_timeout_s,
-        )
+        """Ask for it; a router does it in its own time, or not at all while it cannot reach the engine."""
+        worker = {"url": url} | ({"api_key": self._api_key} if self._api_key else {})
+        status, body = await self._call("POST", "/workers", worker, self.control_timeout_s)
+        if status not in (200, 201, 202):
+            raise EngineError(f"{self}: POST /workers of {url} answered HTTP {status}: {body[:200]!r}")
 
     async def remove_worker(self, worker_id: str) -> None:
         """Ask for it; requests that the worker has go on."""
@@ -148,12 +146,11 @@ class Router:
                 await self._look()
                 well_s = loop.time()
             except EngineError as error:
-                log.warning("%s", error)
-                self._seen = set()
+                log.log(logging.WARNING if pause_s == _POLL_S else logging.INFO, "%s", error)
                 if loop.time() - well_s > self._patience_s:
                     raise ControllerError(
-                        f"no word from the router for {self._patience_s:g} s (rollout.engine_start_timeout_s); last: "
-                        f"{error}. Start it, or set rollout.router_url=null."
+                        f"no use of the router for {self._patience_s:g} s (rollout.engine_start_timeout_s); last: "
+                        f"{error}. Start it where it reaches the engines, or set rollout.router_url=null."
                     ) from error
             try:
                 async with asyncio.timeout(pause_s):
@@ -163,16 +160,30 @@ class Router:
                 pause_s = min(2 * pause_s, _POLL_S)
 
     async def _look(self) -> None:
-        """Compare the router's list with ours, and ask for what differs."""
+        """Compare the router's list with ours, and ask for what differs.
+
+        Raises:
+            EngineError: it is out of reach, or has none of the engines that serve.
+        """
         self._begun += 1
-        begun = self._begun
-        seen = await self._client.workers()
-        for url in seen.keys() - self._members:
-            await self._client.remove_worker(seen[url])
-        for url in self._members - seen.keys():
-            await self._client.add_worker(url)
-        self._seen, self._done = set(seen), begun
+        begun, found = self._begun, dict[str, str]()
+        try:
+            found = await self._client.workers()
+            self._done = begun
+        finally:
+            self._seen = set(found)
         self._looked.ring()
+        for url in self._seen - self._members:
+            await self._client.remove_worker(found[url])
+        why = ""
+        for url in self._members - self._seen:
+            try:
+                await self._client.add_worker(url)
+            except EngineError as error:
+                why = f" ({error})"
+                log.info("%s", error)
+        if self._members and self._members.isdisjoint(self._seen):
+            raise EngineError(f"{self._client} has none of {', '.join(sorted(self._members))}{why}")
 
     async def ask(self, request: GenerateRequest, reader: AnswerReader) -> Answer:
         """One try of a request, once the router has an engine.

@@ -43,6 +43,8 @@ class FakeRouter:
         self.removals = asyncio.Event()
         """Not set: workers stay, although their removal was accepted."""
         self.removals_asked = 0
+        self.adding: int | None = None
+        """Status of every answer to a new worker, which is not taken in."""
         self.left_behind: str | None = None
         """A worker that it has from the start."""
         self.removals.set()
@@ -81,6 +83,8 @@ class FakeRouter:
     async def _add(self, request: web.Request) -> web.Response:
         self._check(request)
         body = await request.json()
+        if self.adding is not None:
+            return web.json_response({"status": "armed"}, status=self.adding)
         self.keys[body["url"]] = body.get("api_key")
         if body["url"] not in self.workers:
             self.workers[body["url"]] = str(uuid.uuid4())

@@ -237,10 +237,26 @@ def test_router_out_of_reach_or_without_workers(tmp_path: Path, key: str | None)
         await router.stop()
         changes = {"rollout__router_url": "http://127.0.0.1:9"} if key is None else {"rollout__engine_api_key": key}
         async with routed_world(tmp_path, router, rollout__engine_start_timeout_s=0.3, **changes) as w:
-            message = r"no word from the router for 0\.3 s .*engine_start_timeout_s.*router_url=null"
+            message = r"no use of the router for 0\.3 s .*engine_start_timeout_s.*/workers failed.*router_url=null"
             if key is not None:
                 message = rf"router {url}: /workers answered HTTP 401.*accepts rollout\.engine_api_key"
             with pytest.raises(ControllerError, match=message):
+                await train(w, 1, begin=True)
+
+    run_async(scenario())
+
+
+@pytest.mark.parametrize("status", [202, 403])
+def test_router_that_takes_no_engine_in(tmp_path: Path, status: int) -> None:
+    """It cannot reach them (it says 202 and tries), or does not want to."""
+
+    async def scenario() -> None:
+        router = FakeRouter()
+        router.adding = status
+        async with routed_world(tmp_path, router, [FakeEngine(VOCAB)], rollout__engine_start_timeout_s=0.5) as w:
+            url = w.engines[0].url
+            message = f"has none of {url}" + (rf" .*POST /workers of {url} answered HTTP 403" if status == 403 else "")
+            with pytest.raises(ControllerError, match=message + ".*Start it where it reaches the engines"):
                 await train(w, 1, begin=True)
 
     run_async(scenario())
