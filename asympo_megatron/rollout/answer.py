@@ -67,7 +67,7 @@ class _Span(msgspec.Struct, gc=False):
 class _Meta(msgspec.Struct, gc=False):
     id: str
     finish_reason: _Finish
-    weight_version: str = ""
+    weight_version: str | None = None
     weight_versions: list[_Span] | None = None
     output_token_logprobs: list[tuple[float, int, str | None]] | None = None
 
@@ -165,7 +165,7 @@ class AnswerReader:
 
 
 def _origin(meta: _Meta) -> str:
-    return meta.weight_version.partition(".")[2]
+    return (meta.weight_version or "").partition(".")[2]
 
 
 def _spans(meta: _Meta, size: int, known: Container[int], origin: str) -> list[VersionSpan]:

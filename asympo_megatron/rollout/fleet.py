@@ -106,12 +106,14 @@ class Fleet:
     @property
     def step(self) -> int | None:
         """Step of the weights that a request started now is sampled by, at least; None while no engine serves."""
+        if self.routed:
+            return self._routed_step()
         step = None
         for engine in self.engines.values():  # asked for every request, more than once
             weights = engine.weights
             if engine.state is EngineState.SERVING and weights is not None and (step is None or weights.step < step):
                 step = weights.step
-        return step if not self.routed else self._routed_step()
+        return step
 
     def _routed_step(self) -> int | None:
         """A router also sends to an engine that will pause for other weights: what it holds, and then gets, counts."""
