@@ -20,11 +20,11 @@ from asympo_megatron.testing.fake_engine import FakeEngine
 VOCAB = 64
 
 
-def run_async(work: Coroutine[Any, Any, Any]) -> Any:
+def run_async(work: Coroutine[Any, Any, Any], limit_s: float = 180.0) -> Any:
     """Run a test's coroutine; the limit catches hangs, on a busy machine, too."""
 
     async def bounded() -> Any:
-        async with asyncio.timeout(180):
+        async with asyncio.timeout(limit_s):
             return await work
 
     return asyncio.run(bounded())
@@ -167,9 +167,9 @@ class World:
     def groups(self) -> Any:
         return self.controller.parts.ledger.groups
 
-    async def until(self, condition: Callable[[], bool]) -> None:
+    async def until(self, condition: Callable[[], bool], limit_s: float = 60.0) -> None:
         """Wait for something inside the controller that its bell is rung for."""
-        async with asyncio.timeout(60.0):
+        async with asyncio.timeout(limit_s):
             await self.controller.parts.bell.until(condition)
 
 
