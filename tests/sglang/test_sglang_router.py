@@ -154,8 +154,9 @@ def test_server_that_hangs_leaves_the_router_and_comes_back(tmp_path, router_url
                     process.send_signal(signal.SIGSTOP)
                 await train(w, range(3), references)
                 await w.until(lambda: held.quarantines > 0, LIMIT_S)
-                # the second: weights were published before the silence was noticed
-                assert "generates nothing" in held.last_error or "did not load version" in held.last_error
+                assert (
+                    server_urls[1] in held.last_error
+                )  # by a token, a pause or a load, whichever it is asked for first
                 await has_workers(router_url, {server_urls[0]})
             finally:
                 for process in stopped:
