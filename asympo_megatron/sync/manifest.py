@@ -14,7 +14,6 @@ from asympo_megatron.errors import PublishError
 MANIFEST_NAME = "manifest.json"
 _VERSION_NAME = re.compile(r"v(\d{6,})")
 _TEMPORARY_NAME = re.compile(r"\.v(\d{6,})\..*")
-_READ_BYTES = 1 << 20
 _HASHERS = 8
 
 
@@ -114,11 +113,8 @@ def file_digests(files: Sequence[Path]) -> list[str]:
 
 def file_digest(file: Path) -> str:
     """Hexadecimal sha256 of a file."""
-    digest = hashlib.sha256()
     with file.open("rb") as data:
-        while block := data.read(_READ_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(data, "sha256").hexdigest()
 
 
 def prune_versions(root: str | Path, keep_last: int, in_use: Collection[int] = ()) -> list[int]:

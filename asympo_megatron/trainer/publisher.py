@@ -19,8 +19,8 @@ from asympo_megatron.trainer.handover import Handover
 class Publisher:
     """Gives the learner's weights a version and tells the controller, which drives the engines.
 
-    The learner waits for the gather alone: a thread brings the version to the disk and announces it. One version at a
-    time: the next begins when the one before is announced.
+    The learner waits until the last gathered tensor is taken; a thread does the rest and announces the version. One
+    version at a time: the next begins when the one before is announced.
 
     Args:
         client: of this publisher alone, because its thread calls, too.
@@ -39,7 +39,7 @@ class Publisher:
         return step % self._config.sync.interval_steps == 0 or step == self._config.run.steps
 
     def publish(self, learner: Learner, incarnation: int, checksum: str) -> None:
-        """Collective. Publish the current weights unless the engines already hold them; returns when they are gathered.
+        """Collective. Publish the current weights unless the engines already hold them; returns when they are taken.
 
         Raises:
             PublishError, ControllerError: of this version, or of the one before.
