@@ -1,4 +1,4 @@
-"""Checkpoints from Hugging Face to Megatron-Core and back: one process, two tensors in memory at a time.
+"""Checkpoints from Hugging Face to Megatron-Core and back: one process, a few tensors in memory at a time.
 
 A Megatron checkpoint (``torch_dist``) has no layout of its own: Megatron cuts it to TP x PP x VPP x EP when it loads.
 """
@@ -27,7 +27,7 @@ from asympo_megatron.conversion.megatron_weights import (
 )
 from asympo_megatron.conversion.names import Entry, entries
 from asympo_megatron.conversion.places import find_places
-from asympo_megatron.conversion.tensors import hf_shapes, join_from_hf, one_ahead
+from asympo_megatron.conversion.tensors import hf_shapes, join_from_hf, made_ahead
 from asympo_megatron.conversion.torch_dist import write_torch_dist
 from asympo_megatron.errors import AsympoError, CheckpointError, ConfigError, PublishError
 from asympo_megatron.files import fsync
@@ -77,9 +77,11 @@ def hf_to_megatron(config: Config, source: str | Path, target: str | Path, progr
         entry = table[number]
         shapes = hf_shapes(entry, facts)
         parts = [files.read(name, shape) for name, shape in zip(entry.hf, shapes, strict=True)]
-        return join_from_hf(entry, parts, facts)
+        whole = join_from_hf(entry, parts, facts)
+        checksum.add(entry.megatron, whole)
+        return whole
 
-    wholes = one_ahead(make, lambda number, whole: checksum.add(table[number].megatron, whole), len(table))
+    wholes = made_ahead(make, len(table))
 
     def read(number: int) -> Tensor:
         whole = next(wholes)
@@ -88,7 +90,6 @@ def hf_to_megatron(config: Config, source: str | Path, target: str | Path, progr
 
     with _made_whole(target) as temporary:
         write_torch_dist(temporary, places, dtypes, read)
-        assert next(wholes, None) is None  # read to the end: the last one is summed up
         (temporary / MODEL_FILES).mkdir()
         copy_model_files(source, temporary / MODEL_FILES)
         names = {value: name for name, value in DTYPES.items()}

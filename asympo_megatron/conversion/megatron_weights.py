@@ -11,7 +11,7 @@ from torch import Tensor
 from asympo_megatron.config import Config, RunDir, load_config
 from asympo_megatron.conversion.names import Entry, entries
 from asympo_megatron.conversion.places import Place, find_places
-from asympo_megatron.conversion.tensors import hf_shapes, one_ahead, split_for_hf
+from asympo_megatron.conversion.tensors import hf_shapes, made_ahead, split_for_hf
 from asympo_megatron.conversion.torch_dist import TorchDistFiles
 from asympo_megatron.errors import CheckpointError
 from asympo_megatron.mcore import marker as markers
@@ -80,11 +80,13 @@ class MegatronWeights:
     def _read(self, table: list[Entry], progress: Progress | None) -> Iterator[tuple[str, Tensor]]:
         checksum = WholeChecksum()
 
-        def add(number: int, whole: Tensor) -> None:
+        def make(number: int) -> Tensor:
+            whole = self.parameter(table[number].megatron)
             if self.checksum:
                 checksum.add(table[number].megatron, whole)
+            return whole
 
-        wholes = one_ahead(lambda number: self.parameter(table[number].megatron), add, len(table))
+        wholes = made_ahead(make, len(table))
         for number, (entry, whole) in enumerate(zip(table, wholes, strict=True)):
             yield from split_for_hf(entry, whole, self.facts)
             report(progress, number + 1, len(table))

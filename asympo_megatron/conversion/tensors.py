@@ -3,14 +3,19 @@
 Axis suffixes: H hidden (absent for a bias), D head dimension.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 
 import torch
 from torch import Tensor
 
 from asympo_megatron.conversion.names import Entry
 from asympo_megatron.mcore.hf_config import ModelFacts
+
+AHEAD = 4
+"""Tensors made while one is written: large and small ones take turns."""
 
 
 def split_for_hf(entry: Entry, whole: Tensor, facts: ModelFacts) -> list[tuple[str, Tensor]]:
@@ -31,20 +36,18 @@ def join_from_hf(entry: Entry, parts: Sequence[Tensor], facts: ModelFacts) -> Te
     return torch.cat(list(parts)) if entry.join == "gate_up" else parts[0]
 
 
-def one_ahead(make: Callable[[int], Tensor], look_at: Callable[[int, Tensor], None], count: int) -> Iterator[Tensor]:
-    """``make(0)``, ``make(1)`` ...: a thread makes the next one while the caller works on one; two are in memory.
+def made_ahead(make: Callable[[int], Tensor], count: int) -> Iterator[Tensor]:
+    """``make(0)``, ``make(1)`` ... in a thread that is up to ``AHEAD`` tensors ahead of the caller.
 
-    Another thread calls ``look_at(number, tensor)`` while the caller has that tensor; read to the end, all are done.
+    One thread: several that make many small calls would wait for Python's lock most of the time.
     """
-    with ThreadPoolExecutor(2) as workers:
-        upcoming = workers.submit(make, 0)
-        for number in range(1, count + 1):
-            made = upcoming.result()
-            if number < count:
-                upcoming = workers.submit(make, number)
-            looking = workers.submit(look_at, number - 1, made)
+    with ThreadPoolExecutor(1) as worker:
+        numbers = iter(range(count))
+        upcoming = deque(worker.submit(make, number) for number in islice(numbers, AHEAD))
+        while upcoming:
+            made = upcoming.popleft().result()
+            upcoming.extend(worker.submit(make, number) for number in islice(numbers, 1))
             yield made
-            looking.result()
 
 
 def hf_shapes(entry: Entry, facts: ModelFacts) -> list[tuple[int, ...]]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,11 +28,11 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import ReadItem, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.storage import WriteResult
-from torch.distributed.checkpoint.utils import _create_file_view
 from torch.serialization import get_crc32_options, set_crc32_options
 
 from asympo_megatron.conversion.places import Place
 from asympo_megatron.conversion.plain_pickle import UnsafePickleError, load_arguments, load_metadata
+from asympo_megatron.conversion.stored_tensor import map_stored
 from asympo_megatron.errors import CheckpointError
 from asympo_megatron.files import Flusher
 from asympo_megatron.mcore.shards import VOCABULARY
@@ -61,7 +61,7 @@ class TorchDistFiles:
         self._metadata = self._read_metadata()
 
     def read(self, place: Place) -> Tensor:
-        """One whole parameter, without vocabulary padding.
+        """One whole parameter, without vocabulary padding; its memory may be the file's.
 
         Raises:
             CheckpointError: it is not there, smaller than the model needs, or its file is damaged.
@@ -110,9 +110,7 @@ class TorchDistFiles:
     def _stored(self, item: ReadItem) -> Tensor:
         """A region of one stored tensor."""
         place = self._metadata.storage_data[item.storage_index]
-        with (self.directory / place.relative_path).open("rb") as stream:
-            part = cast(BinaryIO, _create_file_view(stream, place.offset, place.length))
-            tensor: Tensor = torch.load(part, map_location="cpu", weights_only=True)
+        tensor = map_stored(self.directory / place.relative_path, place.offset, place.length)
         region = zip(item.storage_offsets, item.lengths, strict=True)
         return tensor[tuple(slice(start, start + length) for start, length in region)]
 
