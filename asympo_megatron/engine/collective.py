@@ -1,6 +1,7 @@
 """Weights that a trainer broadcasts: joining its group, receiving buckets in a session, as the real server does."""
 
 import asyncio
+import threading
 
 import msgspec
 import torch
@@ -59,8 +60,11 @@ async def init_group(request: web.Request) -> web.Response:
 async def destroy_group(request: web.Request) -> web.Response:
     """Leave a group."""
     body = await read_json(request, DestroyGroupBody)
-    if request.app[ENGINE].groups.pop(body.group_name, None) is None:
+    groups = request.app[ENGINE].groups
+    if body.group_name not in groups:
         return _answer(False, "The group to be destroyed does not exist.")
+    left = [groups.pop(body.group_name)]
+    threading.Thread(target=left.clear, daemon=True).start()  # gloo takes its time to end a group; nobody waits for it
     return _answer(True, "Succeeded to destroy custom process group.")
 
 

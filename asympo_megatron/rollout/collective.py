@@ -8,7 +8,6 @@ Whoever refuses or is silent ends this engine's transfer alone; every engine has
 import asyncio
 import logging
 import secrets
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -143,15 +142,12 @@ class Transfer:
 
     async def close(self) -> None:
         """End the group on both sides; what cannot be reached has ended it already."""
-        calls: list[tuple[str, Callable[[], Any]]] = [
-            ("sender", lambda: self.sender.leave(protocol.LeaveGroupRequest(self.name))),
-            ("engine", lambda: self.client.destroy_group(self.name)),
-        ]
-        for side, call in calls:
-            try:
-                await call()
-            except (EngineError, PublishError) as error:
-                log.debug("group %s, %s side: %s", self.name, side, error)
+        sides = (self.sender.leave(protocol.LeaveGroupRequest(self.name)), self.client.destroy_group(self.name))
+        for ended in await asyncio.gather(*sides, return_exceptions=True):
+            if isinstance(ended, EngineError | PublishError):
+                log.debug("group %s: %s", self.name, ended)
+            elif isinstance(ended, BaseException):
+                raise ended
 
     async def _bucket(self, number: int, body: dict[str, Any]) -> None:
         """The engine's answer decides: one that refuses must not leave the sender waiting for it, nor the other way."""
