@@ -10,6 +10,9 @@ LATTICE_ARGS ?=
 TEST_WORKERS ?= $(shell env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc 2>/dev/null || echo 2)
 
 BIN := $(VENV)/bin
+# Python keeps what it compiles, also where the environment says no: tests start hundreds of processes, and each would
+# compile torch and Megatron anew (10 of 18 s of an import).
+export PYTHONDONTWRITEBYTECODE :=
 # `make setup` installs the CPU build of torch: GPU tests run in an environment of the user's own.
 GPU_PYTHON ?= $(BIN)/python
 # --no-compile: byte-compiling all of torch costs more than compiling what is imported.
