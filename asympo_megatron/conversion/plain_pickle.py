@@ -2,6 +2,7 @@
 
 import io
 import pickle
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, BinaryIO
@@ -34,6 +35,15 @@ _DESCRIPTIONS = {
 """What the metadata of a checkpoint consists of: descriptions without behavior."""
 
 
+_STORAGES = {
+    "BFloat16Storage": torch.bfloat16,
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+}
+"""Of weights; all else, fp8 say, is refused."""
+
+
 class UnsafePickleError(pickle.UnpicklingError):
     """A pickle that asks for a class or function which describes no tensor."""
 
@@ -49,6 +59,35 @@ def load_metadata(file: Path) -> Metadata:
     if not isinstance(metadata, Metadata):
         raise UnsafePickleError(f"it holds a {type(metadata).__name__}, expected the metadata of a checkpoint.")
     return metadata
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """What torch.save writes of a tensor beside its numbers; strides and offset in elements of its only storage."""
+
+    dtype: torch.dtype
+    storage: str
+    elements: int
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the storage."""
+        return self.elements * self.dtype.itemsize
+
+
+def load_tensor_description(data: bytes) -> StoredTensor:
+    """Read ``data.pkl`` of an archive that holds one tensor or parameter, without its numbers.
+
+    Raises:
+        UnsafePickleError: it holds or asks for anything else.
+    """
+    described = _TensorDescription(io.BytesIO(data)).load()
+    if not isinstance(described, StoredTensor):
+        raise UnsafePickleError(f"it holds a {type(described).__name__}, expected a tensor.")
+    return described
 
 
 def load_arguments(stream: BinaryIO) -> dict[str, Any]:
@@ -70,6 +109,29 @@ class _Descriptions(pickle.Unpickler):
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
         raise UnsafePickleError(f"it asks for {module}.{name}, which describes no tensor. Do not trust this file.")
+
+
+def _tensor(storage: tuple[torch.dtype, str, int], offset: int, shape: Any, strides: Any, *_: Any) -> StoredTensor:
+    """In place of torch._utils._rebuild_tensor_v2."""
+    dtype, key, elements = storage
+    return StoredTensor(dtype, key, elements, offset, tuple(shape), tuple(strides))
+
+
+class _TensorDescription(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch._utils" and name == "_rebuild_tensor_v2":
+            return _tensor
+        if module == "torch._utils" and name == "_rebuild_parameter":
+            return lambda data, *_: data
+        if module == "torch" and name in _STORAGES:
+            return _STORAGES[name]
+        if (module, name) == ("collections", "OrderedDict"):
+            return dict
+        raise UnsafePickleError(f"it asks for {module}.{name}, which is no part of a tensor. Do not trust this file.")
+
+    def persistent_load(self, pid: Any) -> tuple[torch.dtype, str, int]:
+        _, dtype, key, _, elements = pid
+        return dtype, key, elements
 
 
 class _Anything(SimpleNamespace):

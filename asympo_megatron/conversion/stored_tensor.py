@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.utils import _create_file_view
 
+from asympo_megatron.conversion.plain_pickle import StoredTensor, load_tensor_description
+
 _BYTE_ORDER = "byteorder"
-_DATA = "data/0"
-"""The only storage of an archive that holds one tensor."""
 
 
 def map_stored(file: Path, offset: int, length: int) -> Tensor:
@@ -25,17 +25,15 @@ def map_stored(file: Path, offset: int, length: int) -> Tensor:
         archive: Any = torch._C.PyTorchFileReader(part)  # type: ignore[arg-type]
         if archive.has_record(_BYTE_ORDER) and archive.get_record(_BYTE_ORDER) != sys.byteorder.encode():
             raise ValueError("numbers in another byte order than this machine's")
-        part.seek(0)
-        described: Tensor = torch.load(part, map_location="meta", weights_only=True)
-        start, size = archive.get_record_offset(_DATA), described.untyped_storage().nbytes()
-        if start + size > length:
-            raise ValueError(f"{size} bytes of data from {start} of {length}")
+        described = load_tensor_description(archive.get_record("data.pkl"))
+        start = archive.get_record_offset(f"data/{described.storage}")
+        if start + described.nbytes > length:
+            raise ValueError(f"{described.nbytes} bytes of data from {start} of {length}")
         return _map(stream, offset + start, described)
 
 
-def _map(stream: BinaryIO, start: int, described: Tensor) -> Tensor:
+def _map(stream: BinaryIO, start: int, described: StoredTensor) -> Tensor:
     page = start - start % mmap.ALLOCATIONGRANULARITY
-    size = described.untyped_storage().nbytes()
-    memory = mmap.mmap(stream.fileno(), start - page + size, access=mmap.ACCESS_COPY, offset=page)
-    flat = torch.frombuffer(memory, dtype=described.dtype, count=size // described.itemsize, offset=start - page)
-    return flat.as_strided(described.shape, described.stride(), described.storage_offset())
+    memory = mmap.mmap(stream.fileno(), start - page + described.nbytes, access=mmap.ACCESS_COPY, offset=page)
+    flat = torch.frombuffer(memory, dtype=described.dtype, count=described.elements, offset=start - page)
+    return flat.as_strided(described.shape, described.strides, described.offset)

@@ -1,7 +1,7 @@
 """Megatron's ``torch_dist`` checkpoints tensor by tensor, in one process: no model, no process group.
 
 Megatron's own reader unpickles whatever the files say. A checkpoint that comes from elsewhere is data: here only the
-few classes that describe tensors are unpickled (``plain_pickle``), and weights by PyTorch's weights-only loader.
+few classes that describe tensors are unpickled (``plain_pickle``), and weights are bytes.
 """
 
 import io

@@ -4,11 +4,13 @@ import io
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from asympo_megatron.conversion.plain_pickle import UnsafePickleError
 from asympo_megatron.conversion.stored_tensor import map_stored
 
 BEFORE = b"x" * 4099
@@ -20,13 +22,21 @@ TENSORS: dict[str, Callable[[], Tensor]] = {
     "more than a page": lambda: torch.randn(70, 50).half(),
     "transposed": lambda: torch.randn(7, 5).T,
     "part of a storage": lambda: torch.randn(9, 5)[2:8:2, 1:],
-    "scalar": lambda: torch.tensor(3, dtype=torch.int64),
+    "scalar": lambda: torch.tensor(3, dtype=torch.float64),
+    "parameter": lambda: torch.nn.Parameter(torch.randn(2, 3)),
 }
 
 
-def _archive(tensor: Tensor) -> bytes:
+class _Runs:
+    """Runs code when it is unpickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return print, ("unpickled",)
+
+
+def _archive(content: Any) -> bytes:
     stream = io.BytesIO()
-    torch.save(tensor, stream)
+    torch.save(content, stream)
     return stream.getvalue()
 
 
@@ -71,6 +81,17 @@ DAMAGE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
         "131070 bytes of data from",
     ),
     "cut": (lambda a: a[:-40], "zip archive"),
+    "no such data": (
+        lambda a: _edited(a, "data.pkl", lambda p: p.replace(b"X\x01\x00\x00\x000", b"X\x01\x00\x00\x009")),
+        "data/9",
+    ),
+    "beyond its data": (
+        lambda a: _edited(a, "data.pkl", lambda p: p.replace(b"QK\x00M\xe8\x03\x85", b"QK\x07M\xe8\x03\x85")),
+        "out of bounds",
+    ),
+    "whole numbers": (lambda _: _archive(torch.arange(4)), "LongStorage, which is no part of a tensor"),
+    "several tensors": (lambda _: _archive([torch.ones(1)] * 2), "holds a list, expected a tensor"),
+    "code": (lambda _: _archive(_Runs()), "asks for .*builtin.*print, which is no part of a tensor"),
 }
 
 
@@ -80,5 +101,5 @@ def test_damaged_archives(tmp_path: Path, damage: str) -> None:
     archive = _archive(torch.zeros(1000, dtype=torch.bfloat16))
     changed = change(archive)
     assert changed != archive
-    with pytest.raises((ValueError, RuntimeError), match=message):
+    with pytest.raises((ValueError, RuntimeError, UnsafePickleError), match=message):
         map_stored(*_placed(tmp_path, changed))
