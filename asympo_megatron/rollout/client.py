@@ -99,13 +99,17 @@ class EngineClient:
         return msgspec.structs.replace(answer, expired=True) if limit.expired else answer
 
     async def ready(self) -> None:
-        """Raises EngineError while the engine does not take requests. One that is paused is told to go on: a failed
-        update, or a controller that died in one, leaves it so, and a paused server is never ready."""
+        """Raises EngineError while the engine does not take requests.
+
+        Two kinds are never ready by themselves, and are helped: one that is paused, as a failed update or a controller
+        that died in one leaves it, is told to go on; one that failed a health check is asked for a token again.
+        """
         status, body = await self._call("GET", "/ready", None, self.control_timeout_s)
         if status == 404:  # older servers have only /model_info
             await self.weight_label()
         elif status != 200:
             await self._call("POST", "/continue_generation", {}, self.control_timeout_s)
+            await self.check_generates(self.control_timeout_s)
             raise EngineError(f"{self}: /ready answered HTTP {status}: {body[:200]!r}")
 
     async def weight_label(self, attempts: int = 1, timeout_s: float | None = None) -> str:

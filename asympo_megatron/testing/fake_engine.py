@@ -53,6 +53,7 @@ class FakeEngine:
         self.paused = False
         self.is_ready = True
         self.hangs = False
+        self.unhealthy = False
         self.requests: list[dict[str, Any]] = []
         self.calls: list[tuple[str, dict[str, Any]]] = []
         self.running: dict[str, FakeRequest] = {}
@@ -101,7 +102,7 @@ class FakeEngine:
     async def restart(self) -> None:
         """Come back on the same port with fresh, unlabelled weights."""
         await self.kill()
-        self.label, self.paused, self.hangs = "default", False, False
+        self.label, self.paused, self.hangs, self.unhealthy = "default", False, False, False
         self.running.clear()
         await self.start()
 
@@ -142,12 +143,14 @@ class FakeEngine:
 
     async def _ready(self, request: web.Request) -> web.Response:
         await self._note("/ready", {})
-        return web.Response(status=200 if self.is_ready and not self.paused and self._authorized(request) else 503)
+        takes_requests = self.is_ready and not self.paused and not self.unhealthy
+        return web.Response(status=200 if takes_requests and self._authorized(request) else 503)
 
     async def _health_generate(self, request: web.Request) -> web.Response:
-        """As the real one: 200 when a token comes out in time."""
+        """As the real one: 200 when a token comes out in time; else it is not ready until one does."""
         await self._note("/health_generate", {})
-        return web.Response(status=503 if self.hangs or self.paused else 200)
+        self.unhealthy = self.hangs or self.paused
+        return web.Response(status=503 if self.unhealthy else 200)
 
     async def _model_info(self, request: web.Request) -> web.Response:
         if not self._authorized(request):
