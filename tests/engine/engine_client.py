@@ -92,15 +92,12 @@ class EngineClient:
         self.post("/continue_generation")
         self.post("/abort_request", {"rid": "", "abort_all": True})
         self.call("/end_weight_update", {}, "POST")
-        # A real server's scheduler may still hold a request whose answer is out: then it does not flush.
-        wait_until(lambda: not self._requests(), "requests go", _TIMEOUT_S)
+        wait_until(lambda: self.load()["num_waiting_reqs"] == 0, "requests go", _TIMEOUT_S)
         self.update(self.model_a, "default")
 
-    def _requests(self) -> int:
-        load = self.load()
-        return int(load["num_running_reqs"] + load["num_waiting_reqs"])
-
     def update(self, model: Path, version: str, flush_cache: bool = True) -> None:
+        if flush_cache:  # a real server's scheduler may still hold a request whose answer is out: then it refuses
+            wait_until(lambda: self.load()["num_running_reqs"] == 0, "no request runs", _TIMEOUT_S)
         body = {"model_path": str(model), "weight_version": version, "flush_cache": flush_cache}
         self.post("/update_weights_from_disk", body)
 
