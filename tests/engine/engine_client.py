@@ -95,9 +95,12 @@ class EngineClient:
         wait_until(lambda: self.load()["num_waiting_reqs"] == 0, "requests go", _TIMEOUT_S)
         self.update(self.model_a, "default")
 
-    def update(self, model: Path, version: str, flush_cache: bool = True) -> None:
-        if flush_cache:  # a real server's scheduler may still hold a request whose answer is out: then it refuses
-            wait_until(lambda: self.load()["num_running_reqs"] == 0, "no request runs", _TIMEOUT_S)
+    def update(self, model: Path, version: str) -> None:
+        """Flush the cache, too. A real server's scheduler may still hold a request whose answer is out, and refuses."""
+        wait_until(lambda: self.load()["num_running_reqs"] == 0, "no request runs", _TIMEOUT_S)
+        self.update_now(model, version)
+
+    def update_now(self, model: Path, version: str, flush_cache: bool = True) -> None:
         body = {"model_path": str(model), "weight_version": version, "flush_cache": flush_cache}
         self.post("/update_weights_from_disk", body)
 

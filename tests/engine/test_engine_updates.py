@@ -51,7 +51,7 @@ def test_pause_abort_returns_partials_and_holds_new_requests(engine: EngineClien
         late = engine.start(rid="late-abort", max_new_tokens=4)
         assert not late.done()
         assert engine.call("/flush_cache", {}, "POST")[0] == 200
-        engine.update(engine.model_b, "v-abort")
+        engine.update_now(engine.model_b, "v-abort")
     check_pause_record("pause_abort", [*partial, late.result(30)])
     assert all(0 < answer["meta_info"]["completion_tokens"] < LONG for answer in partial)
     assert engine.generate(max_new_tokens=4)["output_ids"] == late.result()["output_ids"]
@@ -66,7 +66,7 @@ def test_retract_continues_under_new_weights_as_a_fresh_request_would(
     with engine.paused("retract"):
         late = engine.start(rid="late-retract", max_new_tokens=4)
         assert engine.call("/flush_cache", {}, "POST")[0] == 200
-        engine.update(engine.model_b, "v-retract")
+        engine.update_now(engine.model_b, "v-retract")
     answers = [future.result(60) for future in running]
     check_pause_record("pause_retract", [*answers, late.result(30)])
     for row, answer in enumerate(answers):
@@ -90,7 +90,7 @@ def test_in_place_continues_on_the_old_cache(engine: EngineClient, references: d
         status, refused = engine.call("/update_weights_from_disk", body, "POST")
         assert (status, refused["success"]) == (400, False)
         assert "the cache was not flushed" in refused["message"]
-        engine.update(engine.model_b, "v-in_place", flush_cache=False)
+        engine.update_now(engine.model_b, "v-in_place", flush_cache=False)
     answers = [future.result(60) for future in running]
     check_pause_record("pause_in_place", [*answers, late.result(30)])
     for row, answer in enumerate(answers):
@@ -117,7 +117,7 @@ def test_update_without_pause_waits_for_running_requests_and_holds_new_ones(engi
     running = engine.start(max_new_tokens=LONG)
     engine.wait_for(running=1)
     # Without a flush: a real server's scheduler may still hold the request when its answer is out, and refuses one.
-    engine.update(engine.model_b, "v2", flush_cache=False)
+    engine.update_now(engine.model_b, "v2", flush_cache=False)
     assert [span["version"] for span in running.result(30)["meta_info"]["weight_versions"]] == ["default"]
     assert engine.generate(max_new_tokens=2)["meta_info"]["weight_version"] == "v2"
 

@@ -43,7 +43,7 @@ def test_a_new_cache_key_gives_the_new_weights_after_an_update_in_place(
     """Right after an update that keeps the prefix cache, a prompt whose prefix it knows: tokens equal transformers'."""
     before = generate(engine, SHARED, key="1")
     assert before["output_ids"] == greedy_reference(references["qwen3"], SHARED, 24)
-    engine.update(engine.model_b, "2", flush_cache=False)
+    engine.update_now(engine.model_b, "2", flush_cache=False)
     after = generate(engine, SHARED, key="2")
     expected = greedy_reference(references["qwen3_b"], SHARED, 24)
     assert after["output_ids"] == expected != before["output_ids"]
@@ -58,7 +58,7 @@ def test_trap_an_old_cache_key_reuses_stale_keys_and_claims_the_new_version(
 ) -> None:
     """The mutant of the test above, and the reason for ``extra_key``: should this ever fail, the trap is gone."""
     generate(engine, SHARED, key="1")
-    engine.update(engine.model_b, "2", flush_cache=False)
+    engine.update_now(engine.model_b, "2", flush_cache=False)
     stale = generate(engine, SHARED, key="1")
     assert stale["meta_info"]["cached_tokens"] >= len(SHARED) - 1
     assert logprobs(stale) != pytest.approx(
@@ -72,7 +72,7 @@ def test_one_response_spans_three_versions(engine: EngineClient) -> None:
     engine.wait_for(running=1)
     for version, model in (("1", engine.model_b), ("2", engine.model_a)):
         with engine.paused("in_place"):
-            engine.update(model, version, flush_cache=False)
+            engine.update_now(model, version, flush_cache=False)
         before = engine.load()["num_used_tokens"]
         while engine.load()["num_running_reqs"] and engine.load()["num_used_tokens"] <= before:
             pass  # until a token is sampled by this version
