@@ -154,9 +154,8 @@ def test_server_that_hangs_leaves_the_router_and_comes_back(tmp_path, router_url
                     process.send_signal(signal.SIGSTOP)
                 await train(w, range(3), references)
                 await w.until(lambda: held.quarantines > 0, LIMIT_S)
-                assert (
-                    server_urls[1] in held.last_error
-                )  # by a token, a pause or a load, whichever it is asked for first
+                # By a token, a pause or a load, whichever it is asked for first.
+                assert server_urls[1] in held.last_error
                 await has_workers(router_url, {server_urls[0]})
             finally:
                 for process in stopped:
