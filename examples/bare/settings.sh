@@ -27,8 +27,17 @@ case $BIND in
     ;;
 esac
 
-# Overrides that every role gets.
+# sync.deltas > 0: port of mirror.sh on every engine host, the same everywhere.
+: "${MIRROR_PORT:=}"
+
+# Overrides that every role gets: those of OVERRIDES, one a line, and ours.
 COMMON=()
+if [[ -n "${OVERRIDES:-}" ]]; then
+  mapfile -t COMMON <<<"$OVERRIDES"
+fi
+if [[ -n $MIRROR_PORT ]]; then
+  COMMON+=("sync.mirror_port=$MIRROR_PORT")
+fi
 if [[ -n "${RUN_NAME:-}" ]]; then
   COMMON+=("run.name=$RUN_NAME")
 fi

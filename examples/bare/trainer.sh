@@ -9,6 +9,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/settings.sh"
 usage="usage: trainer.sh CONTROLLER_URL NNODES NODE_RANK MASTER_HOST GPUS_PER_NODE [a.b=c ...]"
 url=${1:?$usage} nnodes=${2:?$usage} node_rank=${3:?$usage} master=${4:?$usage} per_node=${5:?$usage}
 
+# Rank 0 is on MASTER_HOST: with sync.transport=collective, controller and engines reach its weights there.
 exec "$PYTHON" -m asympo_megatron.launch.ranks --nnodes="$nnodes" --node-rank="$node_rank" \
   --nproc-per-node="$per_node" --master-addr="$master" --master-port="${MASTER_PORT:-29500}" \
-  -m asympo_megatron.cli.main train "$CONFIG" "rollout.controller_url=$url" "${COMMON[@]}" "${@:6}"
+  -m asympo_megatron.cli.main train "$CONFIG" "rollout.controller_url=$url" "sync.host=$master" \
+  "${COMMON[@]}" "${@:6}"

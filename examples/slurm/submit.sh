@@ -1,13 +1,16 @@
 #!/usr/bin/env bash
 # Submits engines, controller and trainer as three jobs that find each other by URL:
 #
-#   ENGINES=4 TRAIN_NODES=2 examples/slurm/submit.sh examples/configs/qwen3_1p7b_math.yaml RUN_NAME
+#   ENGINES=4 TRAIN_NODES=2 examples/slurm/submit.sh examples/configs/qwen3_1p7b_math.yaml RUN_NAME [a.b=c ...]
 #
 # Run it from the repository on a file system that all nodes share. Partition, account and the like: SBATCH_* variables.
 set -euo pipefail
 
-export CONFIG=${1:?usage: submit.sh CONFIG RUN_NAME}
-export RUN_NAME=${2:?usage: submit.sh CONFIG RUN_NAME}
+usage="usage: submit.sh CONFIG RUN_NAME [a.b=c ...]"
+export CONFIG=${1:?$usage}
+export RUN_NAME=${2:?$usage}
+OVERRIDES=$(printf '%s\n' "${@:3}") # one a line, for every role
+export OVERRIDES
 export ENGINES=${ENGINES:-2}
 export GPUS_PER_ENGINE=${GPUS_PER_ENGINE:-4}
 export GPUS_PER_NODE=${GPUS_PER_NODE:-8}

@@ -96,6 +96,42 @@ def test_slurm_jobs_find_each_other_by_url(world):
     assert cancel == ["scancel", "engine.sbatch-id", "controller.sbatch-id"]
 
 
+def test_overrides_reach_every_role_and_rank_0_sends_from_its_own_host(world):
+    given = ["sync.transport=collective", "task.path=my data/$HOME"]
+    calls = run(world, "examples/slurm/submit.sh", "some.yaml", "r", *given, ENGINES="1", ENGINE="embedded")
+    engine, controller, *trainers = calls[:4]
+    for call in (engine, controller, *trainers):
+        assert set(given) <= set(call)
+        assert not any(argument.startswith("sync.mirror") for argument in call)
+    assert ["sync.host=n1" in call for call in calls[:4]] == [False, False, True, True]
+    calls = run(world, "examples/slurm/submit.sh", "some.yaml", "r", "sync.host=ib0", ENGINES="1", ENGINE="embedded")
+    assert all(call.index("sync.host=ib0") > call.index("sync.host=n1") for call in calls[-3:-1]), "the last one counts"
+
+
+def test_each_engine_of_a_node_starts_its_mirror_when_it_is_its_turn(world):
+    folder, _ = world
+    (folder / "bin" / "asympo").write_text(
+        """#!/usr/bin/env bash
+if [[ $1 == mirror ]]; then
+  mkdir "$RECORDED.port" || exit 1 # a second one beside it could not listen
+  until [[ -e $RECORDED.last ]]; do sleep 0.01; done
+  echo "$*" >>"$RECORDED"
+  rmdir "$RECORDED.port"
+elif [[ $* == *engine_port=30003* ]]; then
+  touch "$RECORDED.last"
+fi
+"""
+    )
+    more = {"ENGINES": "4", "ENGINE": "embedded", "MIRROR_PORT": "8701"}
+    calls = run(world, "examples/slurm/submit.sh", "some.yaml", "my_run", "sync.deltas=8", **more)
+    mirrors = [call for call in calls if call[0] == "mirror"]
+    assert len(mirrors) == 4
+    for call in mirrors:
+        assert call[1] == "some.yaml"
+        assert {"sync.mirror_host=0.0.0.0", "sync.mirror_port=8701", "sync.deltas=8", "run.name=my_run"} <= set(call)
+        assert "rollout.controller_token=${oc.env:ASYMPO_TOKEN}" in call
+
+
 def test_secrets_stay_off_the_command_lines(world):
     secrets = {"ASYMPO_TOKEN": "sesame", "ASYMPO_ENGINE_KEY": "it's open"}
     calls = run(world, "examples/slurm/submit.sh", "some.yaml", "r", ENGINE="embedded", **secrets)
