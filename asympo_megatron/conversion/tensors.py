@@ -41,13 +41,15 @@ def made_ahead(make: Callable[[int], Tensor], count: int) -> Iterator[Tensor]:
 
     One thread: several that make many small calls would wait for Python's lock most of the time.
     """
-    with ThreadPoolExecutor(1) as worker:
-        numbers = iter(range(count))
-        upcoming = deque(worker.submit(make, number) for number in islice(numbers, AHEAD))
+    worker, numbers = ThreadPoolExecutor(1), iter(range(count))
+    upcoming = deque(worker.submit(make, number) for number in islice(numbers, AHEAD))
+    try:
         while upcoming:
             made = upcoming.popleft().result()
             upcoming.extend(worker.submit(make, number) for number in islice(numbers, 1))
             yield made
+    finally:
+        worker.shutdown(cancel_futures=True)
 
 
 def hf_shapes(entry: Entry, facts: ModelFacts) -> list[tuple[int, ...]]:
