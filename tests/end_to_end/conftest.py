@@ -20,6 +20,25 @@ def materials(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def sampling_config(materials):
+    """Settings of a run of 3 steps with two engines; each module adds its own."""
+    return {
+        "run": {"steps": 3},
+        "model": {"path": str(materials / "model"), "init": "hf"},
+        "optimizer": {"lr": 1e-3},
+        "batch": {"groups_per_step": 4, "group_size": 4, "max_tokens_per_microbatch": 512},
+        "rollout": {
+            "num_engines": 2,
+            "max_lag_steps": 2,
+            "sampling": {"max_prompt_tokens": 64, "max_new_tokens": 6},
+            "eval": {"interval_steps": 1, "prompts": 4},
+        },
+        "task": {"size": 2000, "template": "plain", "options": {"min_word_len": 3, "max_word_len": 3}},
+        "checkpoint": {"interval_steps": 2},
+    }
+
+
+@pytest.fixture(scope="module")
 def bench(materials, tmp_path_factory):
     path = tmp_path_factory.mktemp("bench")
     config = path / "tiny.yaml"

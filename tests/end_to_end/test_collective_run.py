@@ -10,28 +10,11 @@ from asympo_megatron.config import RunDir
 
 
 @pytest.fixture(scope="module")
-def bench(materials, tmp_path_factory):
+def bench(sampling_config, tmp_path_factory):
     path = tmp_path_factory.mktemp("collective")
-    config = path / "spell.yaml"
-    config.write_text(
-        yaml.safe_dump(
-            {
-                "run": {"steps": 3},
-                "model": {"path": str(materials / "model"), "init": "hf"},
-                "optimizer": {"lr": 1e-3},
-                "batch": {"groups_per_step": 4, "group_size": 4, "max_tokens_per_microbatch": 512},
-                "rollout": {
-                    "num_engines": 2,
-                    "max_lag_steps": 2,
-                    "sampling": {"max_prompt_tokens": 64, "max_new_tokens": 6},
-                    "eval": {"interval_steps": 1, "prompts": 4},
-                },
-                "task": {"size": 2000, "template": "plain", "options": {"min_word_len": 3, "max_word_len": 3}},
-                "sync": {"bucket_bytes": 20_000},
-                "checkpoint": {"interval_steps": 2},
-            }
-        )
-    )
+    config = path / "collective.yaml"
+    sync = {"bucket_bytes": 20_000}
+    config.write_text(yaml.safe_dump({**sampling_config, "sync": sync}))
     bench = Bench(path, config)
     yield bench
     bench.stop()

@@ -213,6 +213,17 @@ async def world(
             await engine.kill()
 
 
+def installed(w: World, version: int) -> bool:
+    """Whether engines serve, all of them this version."""
+    fleet = w.controller.parts.fleet
+    return bool(fleet.serving) and all(e.weights and e.weights.version == version for e in fleet.serving)
+
+
+def updates(engine: FakeEngine) -> list[str]:
+    """Labels of the versions that an engine was told to load, in order."""
+    return [body["weight_version"] for path, body in engine.calls if path == "/update_weights_from_disk"]
+
+
 def changed(**fields: Any) -> Callable[[dict[str, Any]], Any]:
     """An answer with other top-level fields, or ``meta__x`` fields inside meta_info."""
 

@@ -147,3 +147,43 @@ def test_engine_that_failed_its_health_check_comes_back(tmp_path: Path) -> None:
             assert not engine.unhealthy
 
     run_async(scenario())
+
+
+def test_engine_that_stops_while_it_loads_is_found_within_engine_timeout_s(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        engine, other = FakeEngine(VOCAB), FakeEngine(VOCAB)
+        config = small_config(rollout__engine_timeout_s=1.0, sync__timeout_s=600.0)
+        async with world(tmp_path, config, [engine, other]) as w:
+            await w.trainer.attach()
+            await w.trainer.publish(0)
+            held = w.controller.parts.fleet.engines[engine.url]
+            await w.until(lambda: held.serving)
+            silence, note = asyncio.Event(), engine._note
+
+            async def mute(path: str, body: dict[str, Any]) -> None:
+                await (note(path, body) if path == "/pause_generation" else silence.wait())
+
+            engine._note = mute  # type: ignore[method-assign]
+            await w.trainer.publish(1)
+            await w.until(lambda: held.state is EngineState.QUARANTINED)
+            assert "/model_info failed (TimeoutError)" in held.last_error
+            silence.set()
+
+    run_async(scenario())
+
+
+def test_engine_that_loads_for_longer_than_engine_timeout_s_stays(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        engine = FakeEngine(VOCAB)
+        config = small_config(rollout__engine_timeout_s=1.0)
+        async with world(tmp_path, config, [engine]) as w:
+            gate = engine.hold_updates()
+            await w.trainer.attach()
+            await w.trainer.publish(0)
+            await engine.until(lambda: [path for path, _ in engine.calls].count("/model_info") == 6)
+            gate.set()
+            held = w.controller.parts.fleet.engines[engine.url]
+            await w.until(lambda: held.serving)
+            assert held.quarantines == 0
+
+    run_async(scenario())

@@ -1,26 +1,11 @@
-"""Weights reach engines while requests run: spans, verification, failures, joining engines, going back."""
+"""Weights reach engines while requests run: spans, failures, joining engines, going back."""
 
-import asyncio
-import threading
 from pathlib import Path
-from typing import Any
 
-import pytest
-from rollout_world import VOCAB, World, run_async, small_config, world
+from rollout_world import VOCAB, installed, run_async, small_config, updates, world
 
 from asympo_megatron import protocol
-from asympo_megatron.errors import ControllerError, PublishError
-from asympo_megatron.rollout.fleet import EngineState
 from asympo_megatron.testing.fake_engine import FakeEngine
-
-
-def installed(w: World, version: int) -> bool:
-    fleet = w.controller.parts.fleet
-    return bool(fleet.serving) and all(e.weights and e.weights.version == version for e in fleet.serving)
-
-
-def updates(engine: FakeEngine) -> list[str]:
-    return [body["weight_version"] for path, body in engine.calls if path == "/update_weights_from_disk"]
 
 
 def test_update_in_flight_gives_responses_of_two_versions(tmp_path: Path) -> None:
@@ -130,158 +115,6 @@ def test_failed_update_quarantines_and_recovers(tmp_path: Path) -> None:
             assert last[1]["flush_cache"] is True
             aborts = [body["rid"] for path, body in bad.calls if path == "/abort_request"]
             assert set(aborts) == {"world."}, "only requests of this run, never all"
-
-    run_async(scenario())
-
-
-def test_engine_that_stops_while_it_loads_is_found_within_engine_timeout_s(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        engine, other = FakeEngine(VOCAB), FakeEngine(VOCAB)
-        config = small_config(rollout__engine_timeout_s=1.0, sync__timeout_s=600.0)
-        async with world(tmp_path, config, [engine, other]) as w:
-            await w.trainer.attach()
-            await w.trainer.publish(0)
-            held = w.controller.parts.fleet.engines[engine.url]
-            await w.until(lambda: held.serving)
-            silence, note = asyncio.Event(), engine._note
-
-            async def mute(path: str, body: dict[str, Any]) -> None:
-                await (note(path, body) if path == "/pause_generation" else silence.wait())
-
-            engine._note = mute  # type: ignore[method-assign]
-            await w.trainer.publish(1)
-            await w.until(lambda: held.state is EngineState.QUARANTINED)
-            assert "/model_info failed (TimeoutError)" in held.last_error
-            silence.set()
-
-    run_async(scenario())
-
-
-def test_engine_that_loads_for_longer_than_engine_timeout_s_stays(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        engine = FakeEngine(VOCAB)
-        config = small_config(rollout__engine_timeout_s=1.0)
-        async with world(tmp_path, config, [engine]) as w:
-            gate = engine.hold_updates()
-            await w.trainer.attach()
-            await w.trainer.publish(0)
-            await engine.until(lambda: [path for path, _ in engine.calls].count("/model_info") == 6)
-            gate.set()
-            held = w.controller.parts.fleet.engines[engine.url]
-            await w.until(lambda: held.serving)
-            assert held.quarantines == 0
-
-    run_async(scenario())
-
-
-def test_label_is_verified(tmp_path: Path) -> None:
-    """An engine that says it loaded but reports another version does not serve."""
-
-    async def scenario() -> None:
-        engine = FakeEngine(VOCAB)
-
-        async def forgetful(request):  # type: ignore[no-untyped-def]
-            from aiohttp import web
-
-            return web.json_response({"success": True})
-
-        engine._update = forgetful  # type: ignore[method-assign]
-        config = small_config(rollout__engine_timeout_s=1.0)
-        async with world(tmp_path, config, engines=[engine]) as w:
-            await w.trainer.attach()
-            await w.trainer.publish(0)
-            with pytest.raises(ControllerError, match="reports weight version 'default', expected 0") as dead:
-                await w.trainer.lease(0)
-            assert "no engine is left" in str(dead.value)
-            assert engine.requests == []
-
-    run_async(scenario())
-
-
-def test_damaged_weights_end_the_run_with_the_reason(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        def verify(path: Path) -> None:
-            raise PublishError(f"{path}/model.safetensors has another digest than its manifest says.")
-
-        engine = FakeEngine(VOCAB)
-        async with world(tmp_path, engines=[engine], verify=verify) as w:
-            await w.trainer.attach()
-            await w.trainer.publish(0)
-            with pytest.raises(ControllerError, match=r"/weights/0/model\.safetensors has another digest"):
-                await w.trainer.lease(0)
-            assert updates(engine) == [], "no engine was told to load it"
-
-    run_async(scenario())
-
-
-def test_version_is_in_use_while_its_files_are_verified(tmp_path: Path) -> None:
-    """Verifying takes long, and two newer versions come meanwhile: the trainer must not delete what is being read."""
-
-    async def scenario() -> None:
-        begun, go_on = threading.Event(), threading.Event()
-
-        def verify(path: Path) -> None:
-            if path.name == "1":
-                begun.set()
-                assert go_on.wait(120)
-
-        async with world(tmp_path, verify=verify) as w:
-            await w.trainer.attach()
-            await w.trainer.publish(0)
-            await w.until(lambda: installed(w, 0))
-            await w.trainer.publish(1)
-            assert await asyncio.to_thread(begun.wait, 120)
-            await w.trainer.publish(2)
-            publish = protocol.PublishRequest(w.trainer.incarnation, 2, 2, "weights-2", "/weights/2")
-            try:
-                assert (await w.trainer.call("/publish", publish, protocol.PublishReply)).in_use == [1, 2]
-            finally:
-                go_on.set()
-            await w.until(lambda: installed(w, 2))
-            assert updates(w.engines[0]) == ["0", "2"]
-
-    run_async(scenario())
-
-
-def test_damaged_version_that_nobody_wants_any_more_is_passed_over(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        begun, go_on = threading.Event(), threading.Event()
-
-        def verify(path: Path) -> None:
-            if path.name == "1":
-                begun.set()
-                assert go_on.wait(120)
-                raise PublishError(f"{path} has no readable manifest.")
-
-        async with world(tmp_path, verify=verify) as w:
-            await w.trainer.attach()
-            await w.trainer.publish(0)
-            await w.until(lambda: installed(w, 0))
-            await w.trainer.publish(1)
-            assert await asyncio.to_thread(begun.wait, 120)
-            await w.trainer.publish(2)
-            go_on.set()
-            await w.until(lambda: installed(w, 2) or w.controller.failure is not None)
-            assert w.controller.failure is None
-            assert updates(w.engines[0]) == ["0", "2"]
-
-    run_async(scenario())
-
-
-def test_weights_that_appear_late_are_waited_for(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        tries = []
-
-        def verify(path: Path) -> None:
-            tries.append(path)
-            if len(tries) < 3:
-                raise PublishError(f"{path} has no readable manifest.")
-
-        async with world(tmp_path, verify=verify) as w:
-            await w.trainer.attach()
-            await w.trainer.publish(0)
-            assert (await w.trainer.lease(0)).ready
-            assert tries == [Path("/weights/0")] * 3
 
     run_async(scenario())
 

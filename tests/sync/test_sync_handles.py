@@ -30,8 +30,9 @@ def read_messages(pipe: Connection) -> None:
     """Another process: opens what it is sent and tells what it sees, as a receiver that copies does."""
     while (message := pipe.recv()) is not None:
         tensors = open_message(message, "flattened_bucket")
-        pipe.send({name: (str(tensor.dtype), tensor.tolist()) for name, tensor in tensors.items()})
-        del tensors
+        seen = {name: (str(tensor.dtype), tensor.tolist()) for name, tensor in tensors.items()}
+        del tensors  # before the answer: the memory is gone when the last process has let go
+        pipe.send(seen)
 
 
 def test_another_process_sees_what_the_memory_holds_now() -> None:
