@@ -48,10 +48,12 @@ test: setup  ## the fast tests
 ASYNC_TESTS := tests/rollout tests/engine/test_engine_scheduler.py tests/engine/test_engine_updates.py \
   tests/launch/test_children.py tests/tasks/test_reward_workers.py tests/benchmarks/test_async_speedup.py
 ASYNC_TIMES ?= 20
+# More than cores: the tests load one another, and beside each core's loop they do not take for ever.
+ASYNC_WORKERS ?= 4
 
 test-async: setup  ## the asynchronous part of the fast tests, 20 times in a row while every core is busy
 	$(ONE_THREAD) $(BIN)/python tools/repeat_under_load.py --times $(ASYNC_TIMES) -- \
-	  $(BIN)/python -m pytest -q -m "$(FAST)" $(ASYNC_TESTS) $(PYTEST_ARGS)
+	  $(BIN)/python -m pytest -q -m "$(FAST)" -n $(ASYNC_WORKERS) --dist loadfile $(ASYNC_TESTS) $(PYTEST_ARGS)
 
 check: setup  ## formatting, lints, types, layers
 	$(BIN)/ruff format --check .

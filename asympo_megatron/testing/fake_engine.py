@@ -147,9 +147,11 @@ class FakeEngine:
         return web.Response(status=200 if takes_requests and self._authorized(request) else 503)
 
     async def _health_generate(self, request: web.Request) -> web.Response:
-        """As the real one: 200 when a token comes out in time; else it is not ready until one does."""
+        """As the real one: a token waits out a pause; when none comes it is not ready until one does."""
         await self._note("/health_generate", {})
-        self.unhealthy = self.hangs or self.paused
+        async with self._changed:
+            await self._changed.wait_for(lambda: self.hangs or not self.paused)
+        self.unhealthy = self.hangs
         return web.Response(status=503 if self.unhealthy else 200)
 
     async def _model_info(self, request: web.Request) -> web.Response:

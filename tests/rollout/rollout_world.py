@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
+from patient_loop import PatientLoop
 
 from asympo_megatron import errors, protocol
 from asympo_megatron.config import Config, data_hash
@@ -21,13 +22,14 @@ VOCAB = 64
 
 
 def run_async(work: Coroutine[Any, Any, Any], limit_s: float = 180.0) -> Any:
-    """Run a test's coroutine; the limit catches hangs, on a busy machine, too."""
+    """Run a test's coroutine on a patient clock; the limit catches hangs."""
 
     async def bounded() -> Any:
         async with asyncio.timeout(limit_s):
             return await work
 
-    return asyncio.run(bounded())
+    with asyncio.Runner(loop_factory=PatientLoop) as runner:
+        return runner.run(bounded())
 
 
 @dataclass(frozen=True)
