@@ -219,14 +219,15 @@ async def _until_stopped(controller: Controller, told: asyncio.Event, stopped: a
 
 
 def _targets(config: Config, journal: Journal, ledger: Ledger) -> Targets:
-    """The newest version of the journal, and those of this trainer whose evaluation is still owed."""
+    """The newest version of the journal, and those whose evaluation is still owed: of this trainer, and the newest,
+    which a trainer that resumes with these very weights does not publish again."""
     rows = list(ledger.versions.values())
     if not rows or not _is_loadable(config, rows[-1]):
         return Targets()
     owed = [
         row
         for row in rows
-        if row.incarnation == journal.incarnation
+        if (row.incarnation == journal.incarnation or (row == rows[-1] and not row.in_memory))
         and evaluation_due(config, row.step)
         and not journal.has_evaluation(row.step, row.checksum)
         and (row.in_memory or (Path(row.path).is_dir() and _is_loadable(config, row)))

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from contextlib import suppress
 from typing import Any
 
 import aiohttp
@@ -16,6 +17,7 @@ from asympo_megatron.rollout.expiry import Expiring, Expiry
 log = logging.getLogger(__name__)
 _KEEPALIVE_S = 2.0
 """Below uvicorn's 5 s: a server must not close an idle connection while a request is on its way into it."""
+_CLOSE_S = 1.0
 _SKIPPED_HEADERS = ("User-Agent", "Accept", "Accept-Encoding")
 
 
@@ -52,17 +54,25 @@ class EngineClient:
             skip_auto_headers=_SKIPPED_HEADERS,
         )
         self._aborts: set[asyncio.Task[None]] = set()
-        self._expiry = Expiry(request_timeout_s)
+        self._expiry: Expiry[_Limit] = Expiry(request_timeout_s)
 
     def __str__(self) -> str:
         return f"engine {self.url}"
 
     async def close(self) -> None:
-        """Close every connection; requests on their way fail with EngineLost."""
-        self._expiry.close()
+        """Close every connection; requests on their way fail with EngineLost.
+
+        Those that are still connecting or being sent end by their deadline: closing the session leaves them waiting for
+        a peer that may never take another byte. So may the connection itself, which the system ends in its own time.
+        """
+        now_s = asyncio.get_running_loop().time()
+        for limit in self._expiry.close():
+            limit.deadline.reschedule(now_s)
         for task in self._aborts:
             task.cancel()
-        await self._session.close()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_CLOSE_S):
+                await self._session.close()
 
     async def generate(self, request: GenerateRequest, reader: AnswerReader) -> Answer:
         """Sample one response. Never retried here: the caller decides where it goes on.

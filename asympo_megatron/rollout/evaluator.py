@@ -76,14 +76,26 @@ class Evaluator:
             await self._bell.until(self._installed)
             row = self._targets.pinned
             assert row is not None  # _installed() saw to it
-            result = await self._evaluate(row)
-            self._journal.record_evaluation(result, row.checksum)
-            self._targets.evaluated(row)
-            self._bell.ring()
+            result = await self._while_pinned(row)
+            if result is not None:
+                self._journal.record_evaluation(result, row.checksum)
+                self._targets.evaluated(row)
+                self._bell.ring()
 
     def _installed(self) -> bool:
         row = self._targets.pinned
         return row is not None and any(engine.weights == row for engine in self._fleet.serving)
+
+    async def _while_pinned(self, row: VersionRow) -> Evaluation | None:
+        """The result; None when the version is given up, because nobody can load it any more."""
+        evaluation = asyncio.create_task(self._evaluate(row))
+        evaluation.add_done_callback(lambda _: self._bell.ring())
+        try:
+            await self._bell.until(lambda: evaluation.done() or self._targets.pinned != row)
+            return evaluation.result() if evaluation.done() else None
+        finally:
+            evaluation.cancel()
+            await asyncio.gather(evaluation, return_exceptions=True)
 
     async def _evaluate(self, row: VersionRow) -> Evaluation:
         started_s = time.monotonic()

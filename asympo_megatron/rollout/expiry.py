@@ -2,6 +2,7 @@
 
 import asyncio
 from abc import ABC, abstractmethod
+from typing import Generic, TypeVar
 
 
 class Expiring(ABC):
@@ -15,7 +16,10 @@ class Expiring(ABC):
         """Its time is over."""
 
 
-class Expiry:
+Entry = TypeVar("Entry", bound=Expiring)
+
+
+class Expiry(Generic[Entry]):
     """Calls what is not removed within ``timeout_s``.
 
     Every entry has the same time-out, so the oldest one is due first: one timer serves all, and an entry that is
@@ -27,10 +31,10 @@ class Expiry:
 
     def __init__(self, timeout_s: float) -> None:
         self._timeout_s = timeout_s
-        self._entries: dict[Expiring, None] = {}
+        self._entries: dict[Entry, None] = {}
         self._timer: asyncio.TimerHandle | None = None
 
-    def add(self, entry: Expiring) -> None:
+    def add(self, entry: Entry) -> None:
         """Call ``entry.expire()`` once when the time is over."""
         loop = asyncio.get_running_loop()
         entry.due_s = loop.time() + self._timeout_s
@@ -38,7 +42,7 @@ class Expiry:
         if self._timer is None:
             self._timer = loop.call_at(entry.due_s, self._fire)
 
-    def remove(self, entry: Expiring) -> None:
+    def remove(self, entry: Entry) -> None:
         """It is done, in time or not."""
         self._entries.pop(entry, None)
 
@@ -48,11 +52,12 @@ class Expiry:
         for entry in entries:
             entry.expire()
 
-    def close(self) -> None:
-        """Forget everything."""
-        self._entries.clear()
+    def close(self) -> list[Entry]:
+        """Call nothing any more; returns what was waiting."""
+        entries, self._entries = list(self._entries), {}
         if self._timer is not None:
             self._timer.cancel()
+        return entries
 
     def _fire(self) -> None:
         """Call what is due, and set the timer for the oldest of the rest (none: the next ``add`` sets it)."""

@@ -24,6 +24,8 @@ CREATE TABLE IF NOT EXISTS groups (
     group_id INTEGER PRIMARY KEY, prompt_index INTEGER NOT NULL, state TEXT NOT NULL, reason TEXT,
     lease_step INTEGER, summary BLOB, payload BLOB);
 CREATE INDEX IF NOT EXISTS groups_by_lease ON groups (lease_step);
+CREATE INDEX IF NOT EXISTS groups_leased ON groups (lease_step) WHERE state='leased';
+CREATE INDEX IF NOT EXISTS groups_with_tokens ON groups (lease_step) WHERE payload IS NOT NULL;
 CREATE TABLE IF NOT EXISTS versions (
     version INTEGER PRIMARY KEY, step INTEGER NOT NULL, incarnation INTEGER NOT NULL, checksum TEXT NOT NULL,
     path TEXT NOT NULL);
@@ -88,13 +90,15 @@ class Journal:
 
     # -- groups
 
-    def rows(self) -> list[GroupRow]:
-        """Every group in the order of admission, without its tokens."""
-        query = "SELECT group_id, prompt_index, state, reason, lease_step, summary, payload IS NULL FROM groups"
-        return [
-            GroupRow(gid, index, GroupState(state), reason, step, _SUMMARY.decode(summary or b"\x90"), bool(pruned))
-            for gid, index, state, reason, step, summary, pruned in self._db.execute(query + " ORDER BY group_id")
-        ]
+    def rows(self) -> Iterator[GroupRow]:
+        """Every group in the order of admission, without its tokens; where these are gone, without its responses."""
+        query = (
+            "SELECT group_id, prompt_index, state, reason, lease_step, "
+            "CASE WHEN payload IS NOT NULL THEN summary END, payload IS NULL FROM groups ORDER BY group_id"
+        )
+        for gid, index, state, reason, step, summary, pruned in self._db.execute(query):
+            responses = [] if summary is None else _SUMMARY.decode(summary)
+            yield GroupRow(gid, index, GroupState(state), reason, step, responses, bool(pruned))
 
     def admit(self, groups: Iterable[tuple[int, int]]) -> None:
         """Record new groups, (group_id, prompt_index) each, before their first request leaves."""
@@ -155,7 +159,9 @@ class Journal:
         with self._transaction(durable=True):
             self._set("incarnation", str(incarnation))
             self._set("committed_step", str(resumed_step))
-            self._db.execute("UPDATE groups SET state='committed' WHERE lease_step < ?", (resumed_step,))
+            self._db.execute(
+                "UPDATE groups SET state='committed' WHERE state='leased' AND lease_step < ?", (resumed_step,)
+            )
             self._db.execute("UPDATE groups SET state='leased' WHERE lease_step >= ?", (resumed_step,))
             self._db.execute(
                 "UPDATE evaluations SET incarnation=NULL, lease_step=NULL WHERE lease_step >= ? AND step <= ?",
@@ -165,11 +171,14 @@ class Journal:
         return incarnation
 
     def commit(self, step: int, oldest_step: int) -> None:
-        """A checkpoint of ``step`` is final; forget the tokens that no kept checkpoint can ask for again."""
+        """A checkpoint of ``step`` is final; forget the tokens that no kept checkpoint can ask for again.
+
+        Naming an earlier one again changes nothing.
+        """
         with self._transaction(durable=True):
-            self._set("committed_step", str(step))
-            self._set("oldest_step", str(oldest_step))
-            self._db.execute("UPDATE groups SET state='committed' WHERE lease_step < ?", (step,))
+            self._set("committed_step", str(max(step, self.committed_step)))
+            self._set("oldest_step", str(max(oldest_step, self.oldest_step)))
+            self._db.execute("UPDATE groups SET state='committed' WHERE state='leased' AND lease_step < ?", (step,))
             self._db.execute(
                 "UPDATE groups SET payload=NULL WHERE lease_step < ? AND payload IS NOT NULL", (min(step, oldest_step),)
             )
@@ -222,10 +231,14 @@ class Journal:
         return self.has_evaluation(step, checksum)
 
     def deliver_evaluations(self, incarnation: int, lease_step: int) -> list[Evaluation]:
-        """Evaluations that go with the lease of ``lease_step``; asking again gives the same ones and newer ones."""
+        """Evaluations that go with the lease of ``lease_step``; asking again gives the same ones and newer ones.
+
+        Those of later weights, which a trainer before this one had, wait for their step: its row is written once more.
+        """
         with self._transaction():
             self._db.execute(
-                "UPDATE evaluations SET incarnation=?, lease_step=? WHERE lease_step IS NULL", (incarnation, lease_step)
+                "UPDATE evaluations SET incarnation=?, lease_step=? WHERE lease_step IS NULL AND step <= ?",
+                (incarnation, lease_step, lease_step),
             )
         query = "SELECT result FROM evaluations WHERE incarnation=? AND lease_step=? ORDER BY version"
         return [_EVALUATION.decode(blob) for (blob,) in self._db.execute(query, (incarnation, lease_step))]

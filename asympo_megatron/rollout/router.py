@@ -92,7 +92,9 @@ class RouterClient(EngineClient):
 
     async def remove_worker(self, worker_id: str) -> None:
         """Ask for it; requests that the worker has go on."""
-        await self._call("DELETE", f"/workers/{worker_id}", None, self.control_timeout_s)
+        status, body = await self._call("DELETE", f"/workers/{worker_id}", None, self.control_timeout_s)
+        if status not in (200, 202, 204, 404):  # 404: it has gone
+            raise EngineError(f"{self}: DELETE /workers/{worker_id} answered HTTP {status}: {body[:200]!r}")
 
 
 class Router:

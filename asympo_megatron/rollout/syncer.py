@@ -158,6 +158,9 @@ class Syncer:
         self._fleet.set_state(engine, EngineState.SYNCING)
         if self._router is not None:
             await self._router.leave(engine.url)
+        held = any(other.weights == target for other in self._fleet.engines.values())
+        if not held and self._targets.lost(target):
+            log.warning("no evaluation of step %d: its weights went with the trainer that had them", target.step)
         self._bell.ring()  # it was syncing before
         await self._bell.until(lambda: self._targets.current != target, self._options.backoff_s * 2)
 

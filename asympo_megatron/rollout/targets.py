@@ -42,6 +42,17 @@ class Targets:
         """The evaluation of a version is done."""
         self._to_evaluate = [waiting for waiting in self._to_evaluate if waiting != row]
 
+    def lost(self, row: VersionRow) -> bool:
+        """Nobody has these weights any more. True when their evaluation was waited for, and is given up.
+
+        While no later trainer has published, theirs may only be late.
+        """
+        replaced = self.newest is not None and self.newest.incarnation > row.incarnation
+        given_up = replaced and row in self._to_evaluate
+        if given_up:
+            self.evaluated(row)
+        return given_up
+
     def forget_after(self, step: int, held: Collection[VersionRow | None]) -> None:
         """A new trainer is at ``step``: evaluations of later steps that have not begun will come again.
 

@@ -32,6 +32,10 @@ class WorkerRaisedError(Exception):
     """The scorer raised an exception over a job."""
 
 
+class ScorerFaultError(RewardError):
+    """The scorer cannot judge this prompt, whatever the answer; the worker is well."""
+
+
 @dataclass(frozen=True)
 class WorkerSpec:
     """What the workers of a pool do.
@@ -72,13 +76,14 @@ class WorkerPool:
         Raises:
             WorkerLostError: over time, dead, or out of memory; the worker is replaced.
             WorkerRaisedError: the scorer raised.
-            RewardError: the worker cannot start, or the scorer fails for a reason that is not the job's.
+            RewardError: the worker cannot start.
+            ScorerFaultError: the scorer fails for a reason that is not the answer's.
         """
         worker = await self._idle.get()
         try:
             return await worker.run(job, self._timeout_s)
         except BaseException as error:
-            if not isinstance(error, WorkerRaisedError):
+            if not isinstance(error, WorkerRaisedError | ScorerFaultError):
                 await worker.end()  # also when cancelled: a late reply must not meet the next job
             raise
         finally:
@@ -114,7 +119,7 @@ class _Worker:
         if "memory" in reply:
             raise WorkerLostError(f"more than {MEMORY_BYTES >> 20} MiB of memory")
         if "fault" in reply:
-            raise RewardError(f"the {self._spec.kind} scorer failed: {reply['fault']}")
+            raise ScorerFaultError(f"the {self._spec.kind} scorer failed: {reply['fault']}")
         if "raised" in reply:
             raise WorkerRaisedError(reply["raised"])
         return Verdict(reply["value"], reply["refused"])

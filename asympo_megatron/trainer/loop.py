@@ -39,7 +39,8 @@ class TrainingLoop:
         self._source.attach(self._learner.step_count)
         self._rows.start(self._source.incarnation, self._learner.step_count)
         checksum = self._learner.checksum()
-        self._publish(checksum)
+        if self._publisher is not None:  # in any case: an earlier trainer's last version may have gone with its memory
+            self._publisher.publish(self._learner, self._source.incarnation, checksum)
         try:
             for step in range(self._learner.step_count, self._config.run.steps):
                 self._preemption.check()

@@ -43,6 +43,8 @@ class FakeRouter:
         self.removals = asyncio.Event()
         """Not set: workers stay, although their removal was accepted."""
         self.removals_asked = 0
+        self.removing: int | None = None
+        """Status of every answer to a removal, which is not done."""
         self.adding: int | None = None
         """Status of every answer to a new worker, which is not taken in."""
         self.left_behind: str | None = None
@@ -96,6 +98,8 @@ class FakeRouter:
     async def _remove(self, request: web.Request) -> web.Response:
         self._check(request)
         self.removals_asked += 1
+        if self.removing is not None:
+            return web.json_response({"error": "armed refusal"}, status=self.removing)
         for url, worker in list(self.workers.items()):
             if worker == request.match_info["worker"] and self.removals.is_set():
                 del self.workers[url]

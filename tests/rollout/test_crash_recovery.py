@@ -198,7 +198,7 @@ def test_overlong_prompts_are_dropped(tmp_path: Path) -> None:
             await w.trainer.publish(0)
             reply = await w.trainer.lease(0)
             assert sorted({row.group_id for row in reply.responses}) == [1, 2]
-            assert w.controller.parts.journal.rows()[0].reason == "prompt 0 has 17 tokens, max_prompt_tokens is 16"
+            assert next(w.controller.parts.journal.rows()).reason == "prompt 0 has 17 tokens, max_prompt_tokens is 16"
             assert usual(0).index == 0
 
     run_async(scenario())

@@ -3,33 +3,11 @@
 import asyncio
 from pathlib import Path
 
-from rollout_world import VOCAB, World, run_async, small_config, world
+from evaluation_world import eval_config, held_out, to_the_end
+from rollout_world import VOCAB, run_async, world
 
 from asympo_megatron import protocol
-from asympo_megatron.config import Config
 from asympo_megatron.testing.fake_engine import FakeEngine
-
-
-def eval_config(**more: object) -> Config:
-    return small_config(rollout__eval__interval_steps=2, rollout__eval__prompts=3, run__steps=5, **more)
-
-
-def held_out(body: dict) -> bool:
-    return body["input_ids"][1] == 9
-
-
-async def to_the_end(w: World, first: int = 0) -> dict[int, list[protocol.Evaluation]]:
-    """Train to the last step; evaluations by the step whose lease (or finish) carried them."""
-    carried: dict[int, list[protocol.Evaluation]] = {}
-    for step in range(first, w.config.run.steps):
-        reply = await w.trainer.lease(step)
-        assert reply.ready
-        carried[step] = reply.evaluations
-        await w.trainer.publish(step + 1)
-    reply = await w.trainer.finish(w.config.run.steps)
-    assert reply.done
-    carried[w.config.run.steps] = reply.evaluations
-    return carried
 
 
 def test_every_interval_first_and_last(tmp_path: Path) -> None:
@@ -157,95 +135,6 @@ def test_repeated_lease_carries_the_same_evaluations(tmp_path: Path) -> None:
             assert len(first.evaluations) == 1
             assert (await w.trainer.lease(0)).evaluations == first.evaluations, "the first reply may have been lost"
             assert (await w.trainer.lease(1)).evaluations == []
-
-    run_async(scenario())
-
-
-def test_same_weights_after_a_resume_are_not_evaluated_again(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        engine = FakeEngine(VOCAB)
-        async with world(tmp_path, eval_config(), [engine]) as w:
-            await w.trainer.attach()
-            await w.trainer.publish(0)
-            before = await to_the_end(w)
-            asked = len([body for body in engine.requests if held_out(body)])
-            await w.trainer.attach(0)
-            await w.trainer.publish(0)
-            after = await to_the_end(w)
-            assert [e.step for found in after.values() for e in found] == [0, 2, 4, 5]
-            flat = [[e for found in run.values() for e in found] for run in (before, after)]
-            assert flat[0] == flat[1]
-            assert len([body for body in engine.requests if held_out(body)]) == asked
-
-    run_async(scenario())
-
-
-def test_evaluation_that_a_dead_trainer_took_is_delivered_again(tmp_path: Path) -> None:
-    """The result of step 2 went with lease 3; the trainer dies in step 3 and resumes there with the very weights that
-    the engines hold, so that nothing is published again."""
-
-    async def scenario() -> None:
-        async with world(tmp_path, eval_config()) as w:
-            await w.trainer.attach()
-            await w.trainer.publish(0)
-            got = []
-            for step in range(4):
-                if step == 3:
-                    await w.until(lambda: w.controller.parts.journal.has_evaluation(2, "weights-2"))
-                got.append([e.step for e in (await w.trainer.lease(step)).evaluations])
-                if step < 3:
-                    await w.trainer.publish(step + 1)
-            await w.trainer.attach(3)
-            await w.trainer.publish(3)
-            carried = await to_the_end(w, first=3)
-            again = [e.step for results in carried.values() for e in results]
-            assert sorted([step for taken in got[:3] for step in taken] + again) == [0, 2, 4, 5], "each exactly once"
-
-    run_async(scenario())
-
-
-def test_evaluation_forgotten_on_a_resume_is_asked_for_again(tmp_path: Path) -> None:
-    """Weights 2 wait behind the evaluation of weights 0 when the trainer goes back to step 0. Step 1 publishes nothing
-    (sync.interval_steps 2), and the newest version holds weights 2 already: nobody publishes them again."""
-
-    async def scenario() -> None:
-        engine = FakeEngine(VOCAB)
-        engine.hold(lambda body: 2 if held_out(body) else None)
-        async with world(tmp_path, eval_config(rollout__max_lag_steps=3), [engine]) as w:
-            await w.trainer.attach()
-            await w.trainer.publish(0)
-            await engine.until(lambda: len(engine.running) == 3)
-            for step in range(2):
-                assert (await w.trainer.lease(step)).ready
-            await w.trainer.publish(2)
-            await w.trainer.attach(1)
-            assert (await w.trainer.lease(1)).ready
-            assert await w.trainer.publish(2) == 1, "no new version is needed"
-            assert await w.trainer.publish(2) == 1, "asking again changes nothing"
-            engine.hold(lambda _: None)
-            await engine.release()
-            carried = await to_the_end(w, first=2)
-            assert [e.step for results in carried.values() for e in results] == [0, 2, 4, 5]
-
-    run_async(scenario())
-
-
-def test_evaluation_owed_by_a_dead_controller(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        engine = FakeEngine(VOCAB)
-        engine.hold(lambda body: 2 if held_out(body) else None)
-        weights = tmp_path / "weights"
-        weights.mkdir()
-        async with world(tmp_path, eval_config(), [engine]) as w:
-            await w.trainer.attach()
-            await w.trainer.call("/version", protocol.VersionRequest(1, 0, "w"), protocol.VersionReply)
-            publish = protocol.PublishRequest(1, 0, 0, "w", str(weights))
-            await w.trainer.call("/publish", publish, protocol.PublishReply)
-            await engine.until(lambda: len(engine.running) == 3)
-        async with world(tmp_path, eval_config(), [FakeEngine(VOCAB)]) as w:
-            w.trainer.incarnation = 1
-            await w.until(lambda: w.controller.parts.targets.pinned is None)
-            assert [e.version for e in (await w.trainer.lease(0)).evaluations] == [0]
 
     run_async(scenario())
 

@@ -149,10 +149,37 @@ def test_resume_that_cannot_be_served_is_refused(tmp_path: Path) -> None:
 def test_rows_stay_when_tokens_are_pruned(tmp_path: Path) -> None:
     journal, ledger = leased_ledger(tmp_path, steps=3)
     ledger.commit(2, 2)
-    rows = journal.rows()
+    rows = list(journal.rows())
     assert [row.pruned for row in rows] == [True] * 4 + [False] * 2 + [True]
     assert [row.lease_step for row in rows] == [0, 0, 1, 1, 2, 2, None]
-    assert [row.responses[1].advantage for row in rows[:6]] == [0.5] * 6
+    assert [[response.advantage for response in row.responses] for row in rows[:6]] == [[]] * 4 + [[-0.5, 0.5]] * 2
+    journal.close()
+
+
+def test_a_commit_looks_at_nothing_that_is_long_committed(tmp_path: Path) -> None:
+    """Of a history of any length it changes the newest groups, and finds them by an index."""
+    journal, ledger = leased_ledger(tmp_path, steps=9)
+    asked: list[str] = []
+    journal._db.set_trace_callback(asked.append)
+    ledger.commit(9, 8)
+    journal._db.set_trace_callback(None)
+    updates = [query for query in asked if query.startswith("UPDATE groups")]
+    assert len(updates) == 2
+    for query in updates:
+        (plan,) = (row[3] for row in journal._db.execute(f"EXPLAIN QUERY PLAN {query}"))
+        assert "USING INDEX groups_leased" in plan or "USING INDEX groups_with_tokens" in plan
+    journal.close()
+
+
+def test_an_earlier_commit_again_sets_nothing_back(tmp_path: Path) -> None:
+    """A trainer repeats the one it resumed from, with no oldest step, to hear whether it was replaced."""
+    journal, ledger = leased_ledger(tmp_path, steps=4)
+    ledger.attach(0)
+    ledger.commit(4, 3)
+    ledger.commit(0, 0)
+    assert (journal.committed_step, journal.oldest_step) == (4, 3)
+    ledger.attach(3)
+    assert journal.committed_step == 3, "a new trainer may resume from an earlier one"
     journal.close()
 
 

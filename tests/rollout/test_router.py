@@ -1,12 +1,13 @@
 """Training requests through a router, which chooses the engine: right versions, right limits, nothing lost."""
 
 import asyncio
+import re
 from collections import Counter
 from pathlib import Path
 
 import pytest
 from fake_router import FakeRouter, calls, each, expected, fleet, routed_world, train
-from rollout_world import VOCAB, run_async
+from rollout_world import VOCAB, installed, run_async
 
 from asympo_megatron.config import Config
 from asympo_megatron.config.validate import validate
@@ -184,6 +185,23 @@ def test_foreign_workers_are_removed(tmp_path: Path) -> None:
             router.workers["http://127.0.0.1:9"] = "stranger"
             assert sorted(await train(w, 2, begin=True)) == each(2)
             assert sorted(router.workers) == sorted(engine.url for engine in w.engines)
+
+    run_async(scenario())
+
+
+def test_router_that_removes_nobody_ends_the_run(tmp_path: Path) -> None:
+    """It would go on sending requests to an engine that has failed."""
+
+    async def scenario() -> None:
+        router = FakeRouter()
+        short = {"rollout__engine_start_timeout_s": 1.0, "rollout__engine_timeout_s": 1.0}
+        async with routed_world(tmp_path, router, **short) as w:
+            await train(w, 1, begin=True)
+            await w.until(lambda: installed(w, 1))
+            router.removing = 500
+            await w.engines[0].restart()
+            await w.until(lambda: w.controller.failure is not None)
+            assert re.match(r"no use of the router for 1 s.*DELETE /workers/.* HTTP 500", str(w.controller.failure))
 
     run_async(scenario())
 

@@ -93,6 +93,25 @@ def test_a_reference_answer_without_mathematics_is_an_error():
         run(Math(WorkerSpec("math"), settings()), [("  ", r"\boxed{1}")])
 
 
+def test_a_reference_answer_without_mathematics_costs_no_worker():
+    method = Math(WorkerSpec("math"), settings(reward_workers=1))
+
+    async def processes():
+        try:
+            assert await method.score(prompt_of("1"), [r"\boxed{1}"]) == [1.0]
+            before = method.pool.process_ids
+            with pytest.raises(RewardError, match="finds no expression in the reference answer"):
+                await method.score(prompt_of("  "), [r"\boxed{1}", "2", "3"])
+            assert await method.score(prompt_of("1"), [r"\boxed{1}"]) == [1.0]
+            return before, method.pool.process_ids
+        finally:
+            await method.close()
+
+    before, after = asyncio.run(processes())
+    assert before == after
+    assert len(after) == 1
+
+
 def test_data_of_known_shape_is_scored_as_mathematics(jsonl):
     rows = [{"question": f"Half of {n}?", "answer": f"{n}/2 #### {n / 2}"} for n in range(1, 30)]
     config, task = jsonl(rows, "task.shuffle=false")

@@ -140,6 +140,18 @@ def test_it_is_committed_as_soon_as_it_is_found_written():
     assert waiting.log[3:7] == ["begin 3", "complete 3", "commit 3 from 2", "train 4"]
 
 
+def test_a_resume_between_two_publishes_publishes_all_the_same():
+    """What the trainer before published may have lain in its memory."""
+    world, published = World(), []
+    world.step_count = 3
+    publisher = FailingPublisher(looks=10**9)
+    publisher.due = lambda step: step % 4 == 0
+    publisher.publish = lambda learner, *_: published.append(learner.step_count)
+    publisher.settle = lambda **_: None
+    run(world, 9, publisher=publisher)
+    assert published == [3, 4, 8]
+
+
 def test_without_the_switch_nothing_is_trained_before_it_is_complete():
     world = World(polls=100)
     run(world, 2, "checkpoint.interval_steps=1", "checkpoint.async_save=false")
