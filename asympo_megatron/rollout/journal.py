@@ -5,7 +5,6 @@ groups use NORMAL, which a crash of the process survives, and which the next FUL
 Keep the file on a local disk: SQLite's WAL does not work on network file systems.
 """
 
-import fcntl
 import os
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ import msgspec
 
 from asympo_megatron.errors import JournalError
 from asympo_megatron.protocol import Evaluation
+from asympo_megatron.rollout.owner import take_ownership
 from asympo_megatron.rollout.rows import GroupRow, GroupState, ResponseSummary, StoredGroup, VersionRow
 
 _SCHEMA = """
@@ -53,7 +53,7 @@ class Journal:
     def __init__(self, path: str | Path, run_id: str, data_hash: str) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(self.path)
+        self._lock = take_ownership(self.path)
         try:
             self._db = sqlite3.connect(self.path, isolation_level=None)
             self._db.execute("PRAGMA journal_mode=WAL")
@@ -308,19 +308,3 @@ class Journal:
                     "system and start the controller again."
                 ) from error
             raise
-
-
-def _lock(path: Path) -> int:
-    """An exclusive lock that dies with the process; readers (``asympo journal``) do not take it."""
-    handle = os.open(path.with_name(path.name + ".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        owner = os.pread(handle, 32, 0).decode(errors="replace").strip() or "unknown"
-        os.close(handle)
-        raise JournalError(
-            f"{path} is in use by another controller (process {owner}). Stop it, or set run.name to a new name."
-        ) from error
-    os.ftruncate(handle, 0)
-    os.pwrite(handle, str(os.getpid()).encode(), 0)
-    return handle
