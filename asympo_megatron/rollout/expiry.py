@@ -2,6 +2,7 @@
 
 import asyncio
 from abc import ABC, abstractmethod
+from itertools import islice
 from typing import Generic, TypeVar
 
 
@@ -46,11 +47,16 @@ class Expiry(Generic[Entry]):
         """It is done, in time or not."""
         self._entries.pop(entry, None)
 
-    def expire_all(self) -> None:
-        """Call everything now."""
-        entries, self._entries = self._entries, {}
-        for entry in entries:
+    def expire_oldest(self, count: int, added_until_s: float) -> bool:
+        """Call at most ``count`` now, the oldest, of those added until this time of the loop; False when none is left.
+
+        Repeated until then, it calls all that was there at that time, and nothing that came later.
+        """
+        due = [entry for entry in islice(self._entries, count) if entry.due_s <= added_until_s + self._timeout_s]
+        for entry in due:
+            del self._entries[entry]
             entry.expire()
+        return bool(due)
 
     def close(self) -> list[Entry]:
         """Call nothing any more; returns what was waiting."""

@@ -52,6 +52,8 @@ class RouterClient(EngineClient):
         super().__init__(url, api_key, request_timeout_s, control_timeout_s)
         self._api_key, self._fleet = api_key, fleet
         self._aborting = asyncio.Semaphore(_ABORTS)
+        self._recall_until_s = 0.0
+        self._recalling: asyncio.Task[None] | None = None
 
     def __str__(self) -> str:
         return f"router {self.url}"
@@ -64,8 +66,27 @@ class RouterClient(EngineClient):
             await asyncio.gather(*(one.client.abort(rid_prefix) for one in engines), return_exceptions=True)
 
     def recall(self) -> None:
-        """End every request now, as if its time were over: each returns what it has and goes on elsewhere."""
-        self._expiry.expire_all()
+        """End every request that is on its way, as if its time were over: each returns what it has and goes on.
+
+        Some at a time: a request that is told has ``control_timeout_s`` to come back, and to tell thousands, each to
+        every engine, takes longer than that.
+        """
+        loop = asyncio.get_running_loop()
+        self._recall_until_s = loop.time()
+        if self._recalling is None or self._recalling.done():
+            self._recalling = loop.create_task(self._recall())
+
+    async def close(self) -> None:
+        """Close every connection; requests on their way fail with EngineLost."""
+        if self._recalling is not None:
+            self._recalling.cancel()
+        await super().close()
+
+    async def _recall(self) -> None:
+        others = self._aborts.copy()
+        while self._expiry.expire_oldest(_ABORTS, self._recall_until_s):
+            await asyncio.gather(*(self._aborts - others), return_exceptions=True)
+            others = self._aborts.copy()
 
     async def workers(self) -> dict[str, str]:
         """Id of every worker that gets requests, by url."""

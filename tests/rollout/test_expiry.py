@@ -71,6 +71,23 @@ def test_entries_added_by_an_expiry_wait_their_time():
     ]
 
 
+def test_the_oldest_expire_before_their_time_some_at_a_time():
+    async def scenario():
+        calls = Calls(10.0)
+        for name in "abc":
+            calls.add(name)
+        begun_s = asyncio.get_running_loop().time()
+        found = [calls.expiry.expire_oldest(2, begun_s)]
+        await asyncio.sleep(1)
+        calls.add("later")
+        found += [calls.expiry.expire_oldest(2, begun_s), calls.expiry.expire_oldest(2, begun_s)]
+        assert found == [True, True, False]
+        await asyncio.sleep(100)
+        return calls.seen
+
+    assert run_virtual(scenario()) == [("a", 0.0), ("b", 0.0), ("c", 1.0), ("later", pytest.approx(11.0))]
+
+
 def test_nothing_happens_after_close():
     async def scenario():
         calls = Calls(10.0)
