@@ -29,12 +29,13 @@ def load_hf(learner: Learner, directory: str | Path) -> None:
 
 @torch.no_grad()
 def _load(learner: Learner, directory: Path) -> None:
+    own = list(learner.shards())  # collective where parameters are gathered late: before anything can fail on one rank
     facts = learner.plan.facts
     files = HFFiles(directory)
     table = list(entries(facts))
     files.check_names((name for entry in table for name in entry.hf), tied=facts.tied)
     by_name = {entry.megatron: entry for entry in table}
-    for shard in learner.shards():
+    for shard in own:
         entry = by_name["embedding.word_embeddings.weight" if shard.is_copy else shard.name]
         shapes = hf_shapes(entry, facts)
         parts = [files.read(name, shape) for name, shape in zip(entry.hf, shapes, strict=True)]

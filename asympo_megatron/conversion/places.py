@@ -57,6 +57,7 @@ def find_places(config: Config, hf_config: Mapping[str, Any]) -> list[Place]:
     try:
         initialize(alone)
         plan = plan_model(alone, hf_config)
+        plan.transformer.use_cpu_initialization = True  # else layers name the GPU themselves, and take its memory
         facts = plan.facts
         alike = facts.moe is None or not facts.moe.dense_layers
         if alike:  # layers differ in their number alone: one stands for all

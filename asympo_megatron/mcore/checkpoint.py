@@ -63,6 +63,8 @@ def sharded_state(
 ) -> dict[str, Any]:
     metadata = {
         "distrib_optim_sharding_type": "fully_reshardable",
+        # Gathered over gloo to the one rank that writes; else on every rank, through the memory of its GPU.
+        "distrib_optim_fully_reshardable_mem_efficient": True,
         "singleton_local_shards": False,
         "chained_optim_avoid_prefix": True,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),

@@ -160,7 +160,10 @@ def _plan(learner: "Learner", temporary: Path) -> Any:
 
 
 def snapshot(request: Any) -> list[Any]:
-    """The tensors of a request in memory of their own on the host, bucket by bucket."""
+    """The tensors of a request in memory of their own on the host, bucket by bucket; the request lets go of its own.
+
+    It lives until all is written, and what was gathered for it would be held twice. Its buckets are still counted.
+    """
     copies = []
     # ``preload_fn`` brings tensors from the GPU; on a CPU it returns the live ones.
     for staged, live in zip(request.preload_fn(), request.async_fn_args[1], strict=True):
@@ -171,6 +174,7 @@ def snapshot(request: Any) -> list[Any]:
             for (item, tensor), (_, original) in zip(tensors, originals, strict=True)
         ]
         copies.append((path, key, (objects, own)))
+        originals.clear()
     return copies
 
 

@@ -13,12 +13,16 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 
 def prepare(optimizer: Any) -> None:
-    """Call before ``sharded_state_dict``: create the state that AdamW would create in its first step.
+    """Call before ``sharded_state_dict``: create the state that Adam would create in its first step.
 
     ``DistributedOptimizer.state_dict`` asserts that the state exists, ``FP32Optimizer`` would save a step-0 checkpoint
     without it.
     """
-    for wrapper in _with_torch_adam(optimizer):
+    adams = list(_with_torch_adam(optimizer))
+    for wrapper in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if wrapper not in adams and wrapper.init_state_fn is not None:  # fused ones: Megatron knows their state
+            wrapper.init_state_fn(wrapper.optimizer, wrapper.config)
+    for wrapper in adams:
         for group in wrapper.optimizer.param_groups:
             for param in group["params"]:
                 if not wrapper.optimizer.state[param]:

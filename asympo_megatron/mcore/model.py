@@ -111,7 +111,7 @@ def build_chunks(plan: ModelPlan, temperature: float, groups: ParallelGroups) ->
     virtual = plan.transformer.virtual_pipeline_model_parallel_size
     stages: list[int | None] = list(range(virtual)) if virtual else [None]
     chunks = [_build_chunk(plan, temperature, groups, stage) for stage in stages]
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and not next(chunks[0].parameters()).is_meta:
         chunks = [chunk.cuda(torch.cuda.current_device()) for chunk in chunks]
     if plan.transformer.bf16:
         chunks = [Float16Module(plan.transformer, chunk) for chunk in chunks]

@@ -110,6 +110,7 @@ class ExpertBalance:
 
     def begin(self, batches: Sequence[MicroBatch]) -> None:
         """Collective over DP x CP if a router loss is on."""
+        self._device = batches[0].tokens.device  # also of a stage without routers: its ranks join in the same sum
         scale = self._scale(batches) if self._active else 0.0
         for router in self._routers:
             router.loss_scale, router.sums = scale, None
@@ -117,8 +118,7 @@ class ExpertBalance:
     def figures(self) -> dict[str, float]:
         """Collective: ``moe_balance`` (mean over layers) and ``moe_max_load`` (busiest expert over the mean one)."""
         experts, layers = self._transformer.num_moe_experts, self._transformer.num_layers
-        device = self._routers[0].weight.device if self._routers else torch.device("cpu")
-        sums_LE1 = torch.zeros(layers, experts + 1, dtype=torch.float64, device=device)
+        sums_LE1 = torch.zeros(layers, experts + 1, dtype=torch.float64, device=self._device)
         for router in self._routers:
             if router.sums is not None:
                 sums_LE1[router.layer_number - 1] += router.sums
@@ -137,8 +137,7 @@ class ExpertBalance:
         divisor = sum(int(self._count(batch.responses, self._groups)) for batch in batches)
         # Every context-parallel rank knows the tokens of the whole rows; the objective counts on the first one only.
         tokens = sum(batch.real_tokens for batch in batches) if self._groups.context_rank == 0 else 0
-        device = batches[0].tokens.device
-        totals = sum_over(torch.tensor([divisor, tokens], device=device), self._groups.data_context).tolist()
+        totals = sum_over(torch.tensor([divisor, tokens], device=self._device), self._groups.data_context).tolist()
         return totals[0] / max(totals[1], 1)
 
 

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -70,7 +69,7 @@ def build_optimizer(config: Config, chunks: list[Any]) -> Any:
         "params_dtype": DTYPES[config.model.dtype],
     }
     options = build_megatron_config(OptimizerConfig, "optimizer.megatron", base, ours.megatron, _OWNED_OPTIMIZER)
-    return get_megatron_optimizer(options, chunks, use_gloo_process_groups=torch.cuda.is_available())
+    return get_megatron_optimizer(options, chunks, use_gloo_process_groups=True)  # checkpoints are gathered over them
 
 
 class Schedule:

@@ -3,6 +3,7 @@
 Axis suffixes: K components of one statistic.
 """
 
+import functools
 import hashlib
 import json
 import math
@@ -75,7 +76,7 @@ class Stat:
     @classmethod
     def histogram(cls, values: Tensor, edges: Sequence[float], weights: Tensor) -> "Stat":
         """Weighted counts of a 1-d tensor between fixed edges. A weight of 0 leaves a value out."""
-        bins = torch.bucketize(values.double(), torch.tensor(edges, dtype=torch.float64, device=values.device))
+        bins = torch.bucketize(values.double(), _on_device(tuple(edges), values.device))
         counts = torch.zeros(len(edges) + 1, dtype=torch.float64, device=values.device)
         return cls("histogram", counts.index_add_(0, bins, weights.double()), tuple(edges))
 
@@ -92,6 +93,12 @@ class Stat:
         if self.kind == "min":
             return Stat("min", torch.minimum(self.values_K, other.values_K))
         return Stat(self.kind, self.values_K + other.values_K, self.edges)
+
+
+@functools.lru_cache
+def _on_device(edges: tuple[float, ...], device: torch.device) -> Tensor:
+    """Edges, brought there once: a copy from the host in every micro-batch would wait for all work before it."""
+    return torch.tensor(edges, dtype=torch.float64, device=device)
 
 
 def merge_stats(parts: Iterable[Mapping[str, Stat]]) -> dict[str, Stat]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from asympo_megatron.config import Config, RunDir
-from asympo_megatron.errors import AsympoError, ConfigError
+from asympo_megatron.errors import AsympoError, ConfigError, NonFiniteLossError, PreemptedError
 from asympo_megatron.mcore import Checkpoints, Layout, Learner, initialize, shutdown
 from asympo_megatron.metrics import MetricsWriter, open_sinks
 from asympo_megatron.objectives import Objective, build_objective, penalize_kl
@@ -54,8 +54,16 @@ def train(config: Config, signals: StopSignals) -> None:
         finally:
             if publisher is not None:
                 publisher.close()
-    finally:
-        shutdown()
+    except (PreemptedError, NonFiniteLossError):
+        shutdown()  # every rank raises these
+        raise
+    except BaseException:
+        # To end NCCL's groups takes all ranks, and the others may know nothing of this error: they wait in some
+        # collective until the launcher, which sees this process end, ends them.
+        if layout.world_size == 1:
+            shutdown()
+        raise
+    shutdown()
 
 
 def _prepare(config: Config, run_dir: RunDir) -> Path:

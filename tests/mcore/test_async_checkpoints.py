@@ -1,10 +1,13 @@
 """Checkpoints written while training goes on: the bits of the moment they were begun, or nothing."""
 
+import gc
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from async_programs import PROGRAM, held_writer, live_tensors, trained_on
 from rank_programs import build, make_rows
 
@@ -91,6 +94,28 @@ def test_it_is_seen_when_it_is_complete_and_not_before(tmp_path: Path, one_rank:
     checkpoints.begin(learner, background=True)  # this step is saved already
     assert checkpoints.ready(wait=False)
     assert checkpoints.complete() == saved
+
+
+def test_what_is_written_is_held_once(tmp_path: Path, one_rank: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the thread writes, the tensors that were gathered for it are gone; what is left is the learner's."""
+    taken: list[weakref.ref[torch.Tensor]] = []
+    snapshot = checkpoint_save.snapshot
+
+    def noted(request: Any) -> list[Any]:
+        taken.extend(weakref.ref(tensor) for *_, (_, pairs) in request.async_fn_args[1] for _, tensor in pairs)
+        return snapshot(request)
+
+    monkeypatch.setattr(checkpoint_save, "snapshot", noted)
+    _, _, learner = build({"config": {"optimizer": {"distributed": True}}})
+    with held_writer() as go:
+        saving = checkpoint_save.Saving(learner, tmp_path / "step", background=True)
+        gc.collect()
+        own = {param.data_ptr() for chunk in learner.chunks for param in chunk.parameters()}
+        left = [tensor for tensor in (ref() for ref in taken) if tensor is not None]
+        assert len(left) < len(taken) / 2, "two moments and a weight: at most the weights are left"
+        assert all(tensor.data_ptr() in own for tensor in left)
+        go.set()
+    saving.complete()
 
 
 def test_a_rank_killed_in_the_middle_leaves_the_checkpoint_before(tmp_path: Path, one_rank: None) -> None:

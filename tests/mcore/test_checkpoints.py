@@ -16,7 +16,7 @@ import torch
 from rank_programs import PROGRAM, build, make_rows, microbatches, train
 
 from asympo_megatron.errors import CheckpointError
-from asympo_megatron.mcore import Checkpoints, Learner
+from asympo_megatron.mcore import Checkpoints, Learner, distopt
 from asympo_megatron.mcore.marker import MARKER
 from asympo_megatron.testing.megatron import run_ranks
 
@@ -36,6 +36,20 @@ def test_resume_is_bit_exact(tmp_path: Path, one_rank: None, distributed: bool, 
     resumed = train("second", {**case, "steps": 4 - save_at, "load": str(path)})
     assert resumed["checksums"] == straight["checksums"][save_at:]
     assert resumed["figures"] == straight["figures"][save_at:]
+
+
+def test_state_of_a_fused_optimizer_is_made_before_its_first_step(
+    one_rank: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stop before step 1 saves a checkpoint of step 0. Megatron makes the state of Adams that are not torch's."""
+    _, _, learner = build({"config": {"optimizer": {"distributed": True}}})
+    monkeypatch.setattr(distopt, "_with_torch_adam", lambda _: iter(()))
+    optimizers = [wrapper.optimizer for wrapper in learner.optimizer.chained_optimizers]
+    assert not any(optimizer.state for optimizer in optimizers)
+    distopt.prepare(learner.optimizer)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            assert all({"exp_avg", "exp_avg_sq"} <= optimizer.state[param].keys() for param in group["params"])
 
 
 def test_forgetting_the_moments_is_noticed(tmp_path: Path, one_rank: None) -> None:
