@@ -17,7 +17,8 @@ RECORDING = Path(__file__).parent.parent / "contracts" / "sglang-0.5.23.jsonl"
 CONTEXT_LENGTH = 1024
 PROMPT = [5, 6, 7, 8, 9, 10, 11, 12]
 GREEDY = {"temperature": 0, "ignore_eos": True}
-_TIMEOUT_S = 60
+_TIMEOUT_S = 300
+"""Of every call: catches a hang; no busy machine should reach it."""
 _DEPENDS_ON_HISTORY = {"cached_tokens_details", "decode_moments"}
 """Null or an object, as the prefix cache hit, or as the server has decoded, or not."""
 _NOT_RECORDED = {"embedding", "cache"}

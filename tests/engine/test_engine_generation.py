@@ -39,7 +39,7 @@ def test_greedy_tokens_and_logprobs_equal_transformers(
         client = EngineClient(url, models[kind], models[kind])
         lengths = [24, 40, 7, 16, 30, 1]
         answers = [client.start(ids, max_new_tokens=n) for ids, n in zip(PROMPTS, lengths, strict=True)]
-        for ids, count, answer in zip(PROMPTS, lengths, [future.result(60) for future in answers], strict=True):
+        for ids, count, answer in zip(PROMPTS, lengths, [future.result() for future in answers], strict=True):
             assert answer["output_ids"] == greedy_reference(model, ids, count)
             expected = logprob_reference(model, ids, answer["output_ids"])
             assert logprobs(answer) == pytest.approx(expected, abs=1e-5)
@@ -85,7 +85,7 @@ def test_seeded_sampling_does_not_depend_on_the_batch(engine: EngineClient) -> N
     alone = engine.generate(temperature=1.0, sampling_seed=7, max_new_tokens=24)["output_ids"]
     others = [engine.start(ids, temperature=1.3, max_new_tokens=40) for ids in PROMPTS]
     together = engine.generate(temperature=1.0, sampling_seed=7, max_new_tokens=24)["output_ids"]
-    assert [other.result(60)["meta_info"]["completion_tokens"] for other in others] == [40] * len(PROMPTS)
+    assert [other.result()["meta_info"]["completion_tokens"] for other in others] == [40] * len(PROMPTS)
     assert together == alone
     assert engine.generate(temperature=1.0, sampling_seed=8, max_new_tokens=24)["output_ids"] != alone
 

@@ -78,12 +78,12 @@ def test_released_memory_holds_requests_until_it_is_resumed(engine: EngineClient
     assert status == 400
     assert "idle engine" in answer["error"]["message"]
     engine.post("/abort_request", {"rid": "busy"})
-    running.result(30)
+    running.result()
     engine.post("/release_memory_occupation")
     held = engine.start(max_new_tokens=2)
     engine.wait_for(waiting=1)
     engine.post("/resume_memory_occupation")
-    assert held.result(30)["meta_info"]["completion_tokens"] == 2
+    assert held.result()["meta_info"]["completion_tokens"] == 2
 
 
 def test_abort_reaches_held_requests(engine: EngineClient) -> None:
@@ -91,7 +91,7 @@ def test_abort_reaches_held_requests(engine: EngineClient) -> None:
         held = engine.start(rid="held", max_new_tokens=4)
         engine.wait_for(waiting=1)
         engine.post("/abort_request", {"rid": "held"})
-        answer = held.result(30)
+        answer = held.result()
     assert answer["output_ids"] == []
     assert answer["meta_info"]["finish_reason"]["type"] == "abort"
     assert answer["meta_info"]["weight_versions"] == []

@@ -107,7 +107,7 @@ def test_a_signal_ends_the_process_cleanly_with_requests_running(models: dict[st
     assert (process.returncode, out) == (0, "ended\n"), errors
     assert "Traceback" not in errors
     with pytest.raises(AssertionError, match=r"503.*the engine is shutting down"):
-        running.result(60)
+        running.result()
 
 
 def test_a_client_that_hangs_up_frees_its_row(engine: EngineClient) -> None:
@@ -147,7 +147,7 @@ def test_more_requests_than_rows_are_all_answered(engine: EngineClient) -> None:
     """100 requests over 32 rows; joins and leaves at every step, each answer as if it were alone."""
     prompts = [[5 + number % 7] * (1 + number % 23) for number in range(100)]
     running = [engine.start(ids, max_new_tokens=1 + number % 11) for number, ids in enumerate(prompts)]
-    answers = [future.result(60)["output_ids"] for future in running]
+    answers = [future.result()["output_ids"] for future in running]
     for number in range(0, 100, 9):
         alone = engine.generate(prompts[number], max_new_tokens=1 + number % 11)["output_ids"]
         assert answers[number] == alone

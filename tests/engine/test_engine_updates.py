@@ -47,12 +47,12 @@ def test_pause_abort_returns_partials_and_holds_new_requests(engine: EngineClien
     running = [engine.start(rid=f"abort{row}", max_new_tokens=LONG) for row in range(2)]
     engine.wait_for(running=2)
     with engine.paused("abort"):
-        partial = [future.result(30) for future in running]
+        partial = [future.result() for future in running]
         late = engine.start(rid="late-abort", max_new_tokens=4)
         assert not late.done()
         assert engine.call("/flush_cache", {}, "POST")[0] == 200
         engine.update_now(engine.model_b, "v-abort")
-    check_pause_record("pause_abort", [*partial, late.result(30)])
+    check_pause_record("pause_abort", [*partial, late.result()])
     assert all(0 < answer["meta_info"]["completion_tokens"] < LONG for answer in partial)
     assert engine.generate(max_new_tokens=4)["output_ids"] == late.result()["output_ids"]
 
@@ -67,8 +67,8 @@ def test_retract_continues_under_new_weights_as_a_fresh_request_would(
         late = engine.start(rid="late-retract", max_new_tokens=4)
         assert engine.call("/flush_cache", {}, "POST")[0] == 200
         engine.update_now(engine.model_b, "v-retract")
-    answers = [future.result(60) for future in running]
-    check_pause_record("pause_retract", [*answers, late.result(30)])
+    answers = [future.result() for future in running]
+    check_pause_record("pause_retract", [*answers, late.result()])
     for row, answer in enumerate(answers):
         old, new = answer["meta_info"]["weight_versions"]
         assert (old["start"], old["end"], new["end"]) == (0, new["start"], LONG)
@@ -91,8 +91,8 @@ def test_in_place_continues_on_the_old_cache(engine: EngineClient, references: d
         assert (status, refused["success"]) == (400, False)
         assert "the cache was not flushed" in refused["message"]
         engine.update_now(engine.model_b, "v-in_place", flush_cache=False)
-    answers = [future.result(60) for future in running]
-    check_pause_record("pause_in_place", [*answers, late.result(30)])
+    answers = [future.result() for future in running]
+    check_pause_record("pause_in_place", [*answers, late.result()])
     for row, answer in enumerate(answers):
         split = answer["meta_info"]["weight_versions"][1]["start"]
         kept = [*PROMPT, row, *answer["output_ids"][:split]]
@@ -118,7 +118,7 @@ def test_update_without_pause_waits_for_running_requests_and_holds_new_ones(engi
     engine.wait_for(running=1)
     # Without a flush: a real server's scheduler may still hold the request when its answer is out, and refuses one.
     engine.update_now(engine.model_b, "v2", flush_cache=False)
-    assert [span["version"] for span in running.result(30)["meta_info"]["weight_versions"]] == ["default"]
+    assert [span["version"] for span in running.result()["meta_info"]["weight_versions"]] == ["default"]
     assert engine.generate(max_new_tokens=2)["meta_info"]["weight_version"] == "v2"
 
 
@@ -142,11 +142,11 @@ def test_abort_matches_by_prefix(engine: EngineClient) -> None:
     engine.wait_for(running=4)
     assert engine.call("/abort_request", {"rid": "run.1.g1"}, "POST") == (200, "")
     for rid in rids[:2]:
-        meta = running[rid].result(30)["meta_info"]
+        meta = running[rid].result()["meta_info"]
         assert meta["finish_reason"] == {"type": "abort", "message": "Aborted", "status_code": None, "err_type": None}
         assert 0 < meta["completion_tokens"] < LONGER
     for rid in rids[2:]:
-        assert running[rid].result(60)["meta_info"]["completion_tokens"] == LONGER
+        assert running[rid].result()["meta_info"]["completion_tokens"] == LONGER
 
 
 def test_a_rid_that_no_request_has_aborts_nothing(engine: EngineClient) -> None:
@@ -155,7 +155,7 @@ def test_a_rid_that_no_request_has_aborts_nothing(engine: EngineClient) -> None:
     engine.wait_for(running=2)
     for rid in ("", "run."):
         engine.post("/abort_request", {"rid": rid})
-    assert [future.result(30)["meta_info"]["finish_reason"]["type"] for future in running] == ["length", "length"]
+    assert [future.result()["meta_info"]["finish_reason"]["type"] for future in running] == ["length", "length"]
 
 
 def test_a_rid_in_use_is_refused(engine: EngineClient) -> None:
@@ -165,7 +165,7 @@ def test_a_rid_in_use_is_refused(engine: EngineClient) -> None:
     assert status == 400
     assert "Duplicate request ID detected: twice" in answer["error"]["message"]
     engine.post("/abort_request", {"rid": "twice"})
-    assert running.result(30)["meta_info"]["finish_reason"]["type"] == "abort"
+    assert running.result()["meta_info"]["finish_reason"]["type"] == "abort"
     assert engine.generate(rid="twice", max_new_tokens=1)["meta_info"]["id"] == "twice"
 
 
@@ -182,7 +182,7 @@ def test_relabel_while_running_starts_a_span(engine: EngineClient) -> None:
     running = engine.start(max_new_tokens=LONG)
     engine.wait_for(running=1)
     engine.post("/update_weight_version", {"new_version": "seven", "abort_all_requests": False})
-    spans = running.result(60)["meta_info"]["weight_versions"]
+    spans = running.result()["meta_info"]["weight_versions"]
     assert [span["version"] for span in spans] == ["default", "seven"]
     assert spans[0]["end"] == spans[1]["start"] > 0
 
