@@ -19,7 +19,8 @@ def bench(sampling_config, tmp_path_factory):
     path = tmp_path_factory.mktemp("deltas")
     config = path / "deltas.yaml"
     sync = {"deltas": 3, "keep_last": 100, "spool_dir": str(path / "spool")}
-    config.write_text(yaml.safe_dump({**sampling_config, "sync": sync}))
+    run = {**sampling_config["run"], "name": "deltas"}
+    config.write_text(yaml.safe_dump({**sampling_config, "run": run, "sync": sync}))
     bench = Bench(path, config)
     yield bench
     bench.stop()
