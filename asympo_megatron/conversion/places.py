@@ -1,6 +1,6 @@
 """Where each parameter lies in a Megatron checkpoint (``torch_dist``): its key, and its place in a stack of layers."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +20,9 @@ from asympo_megatron.parallel import SINGLE
 
 _LAYERS = "decoder.layers."
 
+_MOE_NORM = (".pre_mlp_layernorm.", ".mlp.linear_fc1.layer_norm_")
+"""Before a mixture of experts: as layers of Transformer Engine keep it, and as Megatron's local ones do."""
+
 
 @dataclass(frozen=True)
 class Place:
@@ -38,11 +41,12 @@ class Place:
     stack_shape: tuple[int, ...]
     shape: tuple[int, ...]
 
-    def key_of_single_layer(self) -> tuple[str, tuple[int, ...]] | None:
-        """Key and remaining index where layers are kept apart (``non_homogeneous_layers``)."""
-        if not self.stack or not self.key.startswith(_LAYERS):
-            return None
-        return f"{_LAYERS}{self.stack[0]}.{self.key.removeprefix(_LAYERS)}", self.stack[1:]
+    def spellings(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Keys under which a checkpoint may hold it, each with the index in its stacked axes."""
+        for key in (self.key, self.key.replace(*_MOE_NORM)):
+            yield key, self.stack
+            if self.stack and key.startswith(_LAYERS):  # layers kept apart (``non_homogeneous_layers``)
+                yield f"{_LAYERS}{self.stack[0]}.{key.removeprefix(_LAYERS)}", self.stack[1:]
 
 
 def find_places(config: Config, hf_config: Mapping[str, Any]) -> list[Place]:

@@ -145,7 +145,7 @@ class TorchDistFiles:
 
     def _find(self, place: Place) -> tuple[str, TensorStorageMetadata, tuple[int, ...]]:
         entries = self._metadata.state_dict_metadata
-        for key, stack in ((place.key, place.stack), place.key_of_single_layer() or (place.key, place.stack)):
+        for key, stack in place.spellings():
             entry = entries.get(key)
             if not isinstance(entry, TensorStorageMetadata) or len(entry.size) != len(stack) + len(place.shape):
                 continue

@@ -31,6 +31,10 @@ _FUSED_NORMS = {
 _SEQUENTIAL = re.compile(r"mlp\.experts\.local_experts\.(\d+)\.(.+)")
 _GROUPED = re.compile(r"mlp\.experts\.(linear_fc[12])\.(weight|bias)(\d+)")
 
+_EXPERT_AXES = {"linear_fc1.weight": 0, "linear_fc1.bias": 0, "linear_fc2.weight": 1}
+"""Axes split over expert tensor parallelism. Grouped experts of Megatron-Core 0.16 do not say: Transformer Engine,
+which is not told of it, marks every weight as split along axis 0."""
+
 VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 
@@ -119,12 +123,17 @@ def shards(chunks: Sequence[Any], vocab_size: int) -> Iterator[Shard]:
             name, is_expert = _global_name(local_name, offset, _first_expert(model.config))
             group, replica = experts if is_expert else dense
             rank, size = group.rank(), group.size()
-            split = size > 1 and getattr(param, "tensor_model_parallel", False)
-            dim = param.partition_dim if split else None
+            dim = _split_axis(name, param, is_expert) if size > 1 else None
             rows = param.shape[0] * (size if dim == 0 else 1)
             is_copy = name == VOCABULARY[1] and model.share_embeddings_and_output_weights
             true_rows = vocab_size if name in VOCABULARY else rows
             yield Shard(name, param, dim, rank, size, group, replica, true_rows, is_copy)
+
+
+def _split_axis(name: str, param: Any, is_expert: bool) -> int | None:
+    if is_expert:
+        return _EXPERT_AXES.get(".".join(name.split(".")[-2:]))
+    return param.partition_dim if getattr(param, "tensor_model_parallel", False) else None
 
 
 def _dense_place() -> tuple[dist.ProcessGroup, int]:

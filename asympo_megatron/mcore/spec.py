@@ -55,6 +55,8 @@ def _local_layer(transformer: Any, moe: bool) -> Any:
     )
     layer = spec.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
+    if moe:  # only a dense MLP has its norm inside a projection of Transformer Engine's layer, and in its checkpoints
+        layer.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
     attention = layer.self_attention.submodules
     attention.core_attention = PackedAttention
     if transformer.qk_layernorm:

@@ -1,6 +1,8 @@
 """Qwen3-MoE: the logits, gradients and bits of transformers, experts and router included."""
 
+import dataclasses
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,12 +12,13 @@ import torch
 from conversion_programs import PROGRAM, build, make_config
 from safetensors.torch import load_file, save_file
 
-from asympo_megatron.conversion import export_hf, load_hf
+from asympo_megatron.config import load_config
+from asympo_megatron.conversion import export_hf, hf_to_megatron, load_hf, megatron_to_hf
 from asympo_megatron.conversion.names import entries
 from asympo_megatron.conversion.tensors import join_from_hf
 from asympo_megatron.engine.model import load_model, read_weights, replace_weights
 from asympo_megatron.engine.options import EngineOptions
-from asympo_megatron.mcore import Learner, Row, initialize, shutdown
+from asympo_megatron.mcore import Learner, Row, initialize, shards, shutdown
 from asympo_megatron.mcore.collate import collate
 from asympo_megatron.objectives import build_objective
 from asympo_megatron.testing.gradients import GradientProbe, relative_errors
@@ -130,6 +133,67 @@ def test_the_embedded_engine_serves_exported_weights(make_hf: MakeHF, tmp_path: 
     ids = torch.arange(20)[None]
     with torch.no_grad():
         assert torch.equal(served.module(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("local_layers", [False, True])
+def test_checkpoints_of_either_kind_of_layers_are_read(
+    make_hf: MakeHF, tmp_path: Path, kind: str, local_layers: bool
+) -> None:
+    """Transformer Engine's layers keep the norm before a mixture of experts apart, Megatron's local ones do not."""
+    _, source = make_hf(kind)
+    directory = tmp_path / "checkpoint"
+    config = load_config("quickstart", [f"model.path={source}", "model.hf={}"])
+    hf_to_megatron(config, source, directory)
+    file = directory / ".metadata"
+    metadata = pickle.loads(file.read_bytes())
+    norms = {key for key in metadata.state_dict_metadata if key.endswith("pre_mlp_layernorm.weight")}
+    assert norms
+    if local_layers:
+        (directory / "complete").unlink()
+        file.write_bytes(pickle.dumps(_as_local_layers(metadata)))
+    megatron_to_hf(directory, tmp_path / "back", model_files=source)
+    wanted, got = load_file(source / "model.safetensors"), load_file(tmp_path / "back" / "model.safetensors")
+    assert set(got) == set(wanted)
+    assert all(torch.equal(got[key], wanted[key]) for key in wanted)
+
+
+def _as_local_layers(metadata: Any) -> Any:
+    def spelt(key: str) -> str:
+        return key.replace("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_")
+
+    metadata.state_dict_metadata = {spelt(key): entry for key, entry in metadata.state_dict_metadata.items()}
+    metadata.storage_data = {
+        dataclasses.replace(index, fqn=spelt(index.fqn)): place for index, place in metadata.storage_data.items()
+    }
+    return metadata
+
+
+def test_experts_are_cut_by_name(make_hf: MakeHF, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by their marks: Transformer Engine sets those of linear_fc2 to the other axis (Megatron-Core 0.16)."""
+    _, directory = make_hf("qwen3_moe")
+    _, learner = _loaded(directory)
+    group = FakeGroup()
+    for name, param in learner.chunks[0].named_parameters():
+        if ".experts." in name:
+            param.tensor_model_parallel, param.partition_dim = True, 0
+    monkeypatch.setattr(shards, "_expert_place", lambda: (group, 0))
+    axes = {
+        shard.name.rpartition(".experts.")[2].partition(".")[2]: shard.dim
+        for shard in shards.shards(learner.chunks, 71)
+        if shard.group is group
+    }
+    assert axes == {"linear_fc1.weight": 0, "linear_fc2.weight": 1}
+
+
+class FakeGroup:
+    """Expert tensor parallelism of two ranks."""
+
+    def rank(self) -> int:
+        return 1
+
+    def size(self) -> int:
+        return 2
 
 
 TWO_RANKS = {
