@@ -55,7 +55,8 @@ def find_places(config: Config, hf_config: Mapping[str, Any]) -> list[Place]:
     Builds a process group of one rank for the time being, so none may exist. The layout of ``config`` does not matter:
     a checkpoint has none.
     """
-    alone = Config(**{**vars(config), "parallel": ParallelConfig()})
+    model = replace(config.model, megatron={})  # some of Megatron's fields presuppose a layout
+    alone = Config(**{**vars(config), "model": model, "parallel": ParallelConfig()})
     # Nothing is sent: making and ending Megatron's 21 groups with gloo takes longer than all else here.
     dist.init_process_group("fake", store=dist.HashStore(), rank=0, world_size=1)
     try:

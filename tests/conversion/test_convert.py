@@ -99,6 +99,14 @@ def test_the_layout_is_checked_against_the_model(make_hf: MakeHF, tmp_path: Path
     assert not (tmp_path / "m").exists()
 
 
+def test_a_layout_with_stages_of_other_sizes(make_hf: MakeHF, tmp_path: Path) -> None:
+    """A checkpoint has no layout: what is made for one is the same for all."""
+    _, source = make_hf("mistral")
+    _convert(source, tmp_path / "m", "parallel.pipeline=2", "model.megatron.num_layers_in_first_pipeline_stage=1")
+    megatron_to_hf(tmp_path / "m", tmp_path / "back")
+    _same_tensors(source, tmp_path / "back")
+
+
 def test_a_run_is_exported_with_the_model_that_it_began_with(make_hf: MakeHF, tmp_path: Path) -> None:
     _, source = make_hf("qwen3")
     config = load_config("quickstart", [f"model.path={source}", "model.hf={}", f"run.root={tmp_path}"])
