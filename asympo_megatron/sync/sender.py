@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 class _Channel:
     """One engine's group; joined by a thread, because both sides must come at the same time."""
 
+    version: int
     spool: Spool
     store: dist.TCPStore
     joined: threading.Event = field(default_factory=threading.Event)
@@ -89,8 +90,10 @@ class WeightSender:
         self._versions.store(version, tensors)
 
     def keep(self, versions: Collection[int]) -> None:
-        """Forget all other versions; a transfer under way keeps what it sends."""
+        """Forget all other versions, and end their groups: whoever opened one is gone, or has given it up."""
         self._versions.keep(versions)
+        for name in [name for name, channel in list(self._channels.items()) if channel.version not in versions]:
+            self.leave(protocol.LeaveGroupRequest(name))
 
     def close(self) -> None:
         """Stop answering; groups end."""
@@ -101,7 +104,7 @@ class WeightSender:
     def join(self, request: protocol.JoinGroupRequest) -> protocol.JoinGroupReply:
         """Open a group of which this process is rank 0. Answers at once; the engine may come now."""
         spool = self._versions.spool(request.version)
-        channel = _Channel(spool, open_store(self._host, self._timeout_s))
+        channel = _Channel(request.version, spool, open_store(self._host, self._timeout_s))
         self._channels[request.group] = channel
         threading.Thread(target=self._meet, args=(request, channel), name=request.group, daemon=True).start()
         return protocol.JoinGroupReply(self._host, channel.store.port, self._backend, spool.buckets)

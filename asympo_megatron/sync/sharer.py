@@ -25,6 +25,7 @@ _HOST = "127.0.0.1"
 
 @dataclass(frozen=True)
 class _Channel:
+    version: int
     spool: Spool
     buffer: SharedBuffer
 
@@ -70,8 +71,10 @@ class WeightSharer:
                 self._unused.append(SharedBuffer(size))
 
     def keep(self, versions: Collection[int]) -> None:
-        """Forget all other versions; a transfer under way keeps what it sends."""
+        """Forget all other versions, and end their channels: whoever opened one is gone, or has given it up."""
         self._versions.keep(versions)
+        for name in [name for name, channel in list(self._channels.items()) if channel.version not in versions]:
+            self.leave(protocol.LeaveGroupRequest(name))
 
     def close(self) -> None:
         """Stop answering."""
@@ -86,7 +89,8 @@ class WeightSharer:
         with self._lock:
             fitting = [buffer for buffer in self._unused if buffer.size >= size]
             self._unused = fitting[1:]  # what has become too small for a bucket is given up
-        self._channels[request.channel] = _Channel(spool, fitting[0] if fitting else SharedBuffer(size))
+        buffer = fitting[0] if fitting else SharedBuffer(size)
+        self._channels[request.channel] = _Channel(request.version, spool, buffer)
         return protocol.OpenChannelReply(len(spool.buckets))
 
     def share(self, request: protocol.ShareBucketRequest) -> protocol.ShareBucketReply:

@@ -64,7 +64,7 @@ class Versions:
         return self._spools[version]
 
     def keep(self, versions: Collection[int]) -> None:
-        """Forget all others; a transfer under way keeps what it sends."""
+        """Forget all others; a file ends with the last transfer that reads it."""
         for version in [known for known in self._spools if known not in versions]:
             del self._spools[version]
 

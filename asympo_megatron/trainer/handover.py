@@ -55,9 +55,10 @@ class Handover:
         """
         if wait:
             self.join()
+        over = self._over  # read first: the thread sets it last
         if self._problem is not None:
             raise self._problem
-        return self._over
+        return over
 
     def join(self) -> None:
         """Wait until it is over, however it ends."""

@@ -11,7 +11,7 @@ from engine_client import PROMPT, EngineClient
 from safetensors.torch import load_file
 
 from asympo_megatron import protocol
-from asympo_megatron.errors import EngineError
+from asympo_megatron.errors import EngineError, PublishError
 from asympo_megatron.rollout.client import EngineClient as ControllerSide
 from asympo_megatron.rollout.collective import Collective, SenderLost, SenderRefused
 from asympo_megatron.rollout.rows import VersionRow
@@ -178,6 +178,22 @@ def test_an_engine_that_never_comes_costs_the_sender_its_deadline_only() -> None
         sender.join(protocol.JoinGroupRequest("lonely", 2, 1))
         with pytest.raises(Exception, match=r"group lonely was not joined|did not join group lonely"):
             sender.send(protocol.SendBucketRequest("lonely", 0))
+    finally:
+        sender.close()
+
+
+def test_a_group_that_nobody_ends_ends_with_its_version() -> None:
+    """The controller that opened it was killed."""
+    sender = WeightSender("127.0.0.1", None, "gloo", BUCKET_BYTES, 0.3)
+    try:
+        for version in (1, 2):
+            sender.store(version, {"a": torch.zeros(4)}.items())
+            sender.join(protocol.JoinGroupRequest(f"of {version}", 2, version))
+        sender.keep([2])
+        with pytest.raises(PublishError, match="group of 1 is not open"):
+            sender.send(protocol.SendBucketRequest("of 1", 0))
+        with pytest.raises(PublishError, match=r"group of 2 was not joined|did not join group of 2"):
+            sender.send(protocol.SendBucketRequest("of 2", 0))
     finally:
         sender.close()
 

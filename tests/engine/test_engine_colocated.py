@@ -4,6 +4,7 @@ import asyncio
 import base64
 import os
 import pickle
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +13,8 @@ import torch
 from engine_client import PROMPT, EngineClient
 from safetensors.torch import load_file
 
-from asympo_megatron.errors import EngineError
+from asympo_megatron import protocol
+from asympo_megatron.errors import EngineError, PublishError
 from asympo_megatron.rollout.client import EngineClient as ControllerSide
 from asympo_megatron.rollout.collective import SenderLost, SenderRefused
 from asympo_megatron.rollout.colocated import Colocated, SharedTransfer
@@ -164,6 +166,23 @@ def test_tensors_may_travel_in_the_message(engine: EngineClient) -> None:
     assert engine.post("/update_weights_from_tensor", body)["success"]
     engine.post("/end_weight_update")
     assert (engine.digest(), engine.label()) == (from_disk, "9")
+
+
+def test_a_transfer_that_nobody_ends_ends_with_its_version(sharer: WeightSharer) -> None:
+    """The controller that began it was killed: its memory is used again, its file is given back."""
+    for version in (1, 2):
+        sharer.store(version, {"a": torch.full((4,), float(version))}.items())
+    spool = weakref.ref(sharer._versions.spool(1))
+    sharer.open(protocol.OpenChannelRequest("lost", 1))
+    sharer.open(protocol.OpenChannelRequest("under way", 2))
+    first = sharer.share(protocol.ShareBucketRequest("lost", 0, 1)).messages
+    sharer.keep([2])
+    with pytest.raises(PublishError, match="channel lost is not open"):
+        sharer.share(protocol.ShareBucketRequest("lost", 0, 1))
+    assert sharer.share(protocol.ShareBucketRequest("under way", 0, 1)).messages != first
+    assert spool() is None
+    sharer.open(protocol.OpenChannelRequest("next", 2))
+    assert sharer._unused == []
 
 
 def test_the_sharer_wants_its_token(engine: EngineClient) -> None:

@@ -149,6 +149,27 @@ def test_mutant_that_does_not_wait_publishes_other_weights(world: World, monkeyp
     assert world.values(0) == {1.0}
 
 
+def test_a_failure_that_comes_while_it_is_looked_for_is_not_lost() -> None:
+    class Failing(Handover):
+        """The thread ends between two looks at what it did."""
+
+        error: BaseException | None = None
+
+        @property
+        def _problem(self) -> BaseException | None:  # type: ignore[override]
+            seen, self.error, self._over = self.error, StaleIncarnationError("late"), True
+            return seen
+
+        @_problem.setter
+        def _problem(self, value: BaseException | None) -> None:
+            self.error = value
+
+    handover = Failing(lambda _: None)
+    assert not handover.finish(wait=False)
+    with pytest.raises(StaleIncarnationError, match="late"):
+        handover.finish(wait=False)
+
+
 def test_a_failure_is_raised_by_the_next_call(world: World) -> None:
     def refuse() -> None:
         raise StaleIncarnationError("another trainer has attached")
