@@ -9,7 +9,7 @@ from pathlib import Path
 from aiohttp import web
 
 from asympo_megatron.config import Config, RunDir, data_hash
-from asympo_megatron.errors import AsympoError, ConfigError, ControllerError, PublishError
+from asympo_megatron.errors import AsympoError, ConfigError, ControllerError
 from asympo_megatron.rollout.admission import LagRule
 from asympo_megatron.rollout.answer import run_prefix
 from asympo_megatron.rollout.api import build_app
@@ -19,7 +19,7 @@ from asympo_megatron.rollout.collective import Collective
 from asympo_megatron.rollout.colocated import Colocated
 from asympo_megatron.rollout.controller import Controller
 from asympo_megatron.rollout.episodes import Player
-from asympo_megatron.rollout.evaluator import Evaluator, evaluation_due
+from asympo_megatron.rollout.evaluator import Evaluator
 from asympo_megatron.rollout.fleet import Fleet
 from asympo_megatron.rollout.install import SyncOptions
 from asympo_megatron.rollout.interfaces import Environment, Scorer, Task
@@ -27,13 +27,13 @@ from asympo_megatron.rollout.journal import Journal
 from asympo_megatron.rollout.ledger import Ledger
 from asympo_megatron.rollout.mirrored import Mirrored
 from asympo_megatron.rollout.parts import Parts
+from asympo_megatron.rollout.published import targets_of, verify_version
 from asympo_megatron.rollout.replay import ReplaySampler
 from asympo_megatron.rollout.requester import Requester
 from asympo_megatron.rollout.router import Router, RouterClient
 from asympo_megatron.rollout.rows import VersionRow
 from asympo_megatron.rollout.sampler import GroupSampler
 from asympo_megatron.rollout.syncer import Syncer
-from asympo_megatron.rollout.targets import Targets
 
 log = logging.getLogger(__name__)
 _FAILURE_TOLD_S = 5.0
@@ -48,7 +48,7 @@ def build_controller(
     engine_urls: Sequence[str] = (),
     *,
     environment: Environment | None = None,
-    verify: Callable[[Path], object] | None = None,
+    verify: Callable[[VersionRow], object] | None = None,
     connect: Callable[[str], EngineClient] | None = None,
     behavior_logprobs: bool | None = None,
     backoff_s: float = 0.5,
@@ -61,7 +61,7 @@ def build_controller(
         task, scorer: prompts and rewards; None for replay.
         engine_urls: engines to begin with.
         environment: replies to the model's turns, where task.environment names one.
-        verify: checks a published weight directory; by default its manifest.
+        verify: checks the files of a published version; by default against their manifest.
         connect: makes the client of an engine from its url; by default one over HTTP.
         behavior_logprobs: ask engines for log-probs; by default when the objective needs them.
         backoff_s: first pause after an engine failed.
@@ -89,7 +89,7 @@ def _assemble(
     journal: Journal,
     given: tuple[Task | None, Scorer | None, Environment | None],
     engine_urls: Sequence[str],
-    verify: Callable[[Path], object] | None,
+    verify: Callable[[VersionRow], object] | None,
     connect: Callable[[str], EngineClient] | None,
     behavior_logprobs: bool | None,
     backoff_s: float,
@@ -101,7 +101,7 @@ def _assemble(
     rule = LagRule(config.batch.groups_per_step, rollout.max_lag_steps, config.run.steps, policy)
     routed = rollout.router_url is not None
     fleet = Fleet(rollout.max_in_flight_per_engine, config.batch.group_size, bell, routed=routed)
-    targets = _targets(config, journal, ledger)
+    targets = targets_of(config, journal, ledger)
     common = (config, data_hash(config), journal, ledger, rule, fleet, targets, bell, background)
     if rollout.source == "replay":
         return Controller(Parts(*common, ReplaySampler(config, ledger, rule, bell), None, None, None, None), [])
@@ -133,7 +133,7 @@ def _assemble(
         fleet,
         targets,
         _sync_options(config, backoff_s),
-        verify or _verify_version,
+        verify or verify_version,
         connect or _connector(config),
         bell,
         background,
@@ -218,35 +218,6 @@ async def _until_stopped(controller: Controller, told: asyncio.Event, stopped: a
             loop.remove_signal_handler(number)
 
 
-def _targets(config: Config, journal: Journal, ledger: Ledger) -> Targets:
-    """The newest version of the journal, and those whose evaluation is still owed: of this trainer, and the newest,
-    which a trainer that resumes with these very weights does not publish again."""
-    rows = list(ledger.versions.values())
-    if not rows or not _is_loadable(config, rows[-1]):
-        return Targets()
-    owed = [
-        row
-        for row in rows
-        if (row.incarnation == journal.incarnation or (row == rows[-1] and not row.in_memory))
-        and evaluation_due(config, row.step)
-        and not journal.has_evaluation(row.step, row.checksum)
-        and (row.in_memory or (Path(row.path).is_dir() and _is_loadable(config, row)))
-    ]
-    return Targets(rows[-1], owed)
-
-
-def _is_loadable(config: Config, row: VersionRow) -> bool:
-    """Whether engines can be given a version: one that was published as changes needs mirrors."""
-    if row.in_memory or config.sync.deltas or not Path(row.path).is_dir():
-        return True
-    from asympo_megatron.sync import read_manifest  # imports torch: only for files
-
-    try:
-        return read_manifest(row.path).base is None
-    except PublishError:  # who loads it will say what is wrong
-        return True
-
-
 def _sync_options(config: Config, backoff_s: float) -> SyncOptions:
     rollout, sync = config.rollout, config.sync
     prefix, token = run_prefix(config.run.name), rollout.controller_token
@@ -285,9 +256,3 @@ def _needs_logprobs(config: Config) -> bool:
     from asympo_megatron.objectives import build_objective  # imports torch: only when nobody said
 
     return "behavior_logprob_T" in build_objective(config.objective.name, **config.objective.options).needs
-
-
-def _verify_version(path: Path) -> object:
-    from asympo_megatron.sync import verify_version  # imports torch: only when an engine is there
-
-    return verify_version(path)

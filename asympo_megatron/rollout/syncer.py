@@ -8,7 +8,6 @@ import logging
 import secrets
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, stop_after_delay, wait_exponential
 
@@ -37,7 +36,7 @@ class Syncer:
         fleet: the engines.
         targets: which version they should hold.
         options: deadlines and pause mode.
-        verify: checks a published directory against its manifest; raises PublishError.
+        verify: checks the files of a published version against their manifest; raises PublishError.
         connect: makes the client of an engine.
         bell: rung when anything changes.
         background: where the engines' tasks run.
@@ -49,7 +48,7 @@ class Syncer:
         fleet: Fleet,
         targets: Targets,
         options: SyncOptions,
-        verify: Callable[[Path], object],
+        verify: Callable[[VersionRow], object],
         connect: Callable[[str], EngineClient],
         bell: Bell,
         background: Background,
@@ -233,7 +232,7 @@ class Syncer:
             wait=wait_exponential(multiplier=self._options.backoff_s / 2, max=4.0),
             reraise=True,
         )
-        await retrying(asyncio.to_thread, self._verify, Path(row.path))
+        await retrying(asyncio.to_thread, self._verify, row)
 
     async def _quarantine(self, engine: Engine, error: EngineError) -> None:
         """Trust nothing about the engine any more: drop its connections, so that its requests go elsewhere."""

@@ -15,6 +15,7 @@ MANIFEST_NAME = "manifest.json"
 _VERSION_NAME = re.compile(r"v(\d{6,})")
 _TEMPORARY_NAME = re.compile(r"\.v(\d{6,})\..*")
 _HASHERS = 8
+_AGAIN = "Remove the directory of this version and resume: the trainer publishes it again when it begins."
 
 
 class FileEntry(msgspec.Struct, frozen=True):
@@ -74,10 +75,10 @@ def read_manifest(path: str | Path) -> Manifest:
         return msgspec.json.decode(file.read_bytes(), type=Manifest)
     except OSError as error:
         raise PublishError(
-            f"{path} has no readable {MANIFEST_NAME} ({error}): it is not a published version. Publish it again."
+            f"{path} has no readable {MANIFEST_NAME} ({error}): it is not a published version."
         ) from error
     except msgspec.DecodeError as error:
-        raise PublishError(f"{file} is damaged ({error}). Publish this version again.") from error
+        raise PublishError(f"{file} is damaged ({error}). {_AGAIN}") from error
 
 
 def verify_version(path: str | Path) -> Manifest:
@@ -91,16 +92,16 @@ def verify_version(path: str | Path) -> Manifest:
     for name, entry in manifest.files.items():
         file = path / name
         if not file.is_file():
-            raise PublishError(f"{file} is missing, though {MANIFEST_NAME} lists it. Publish this version again.")
+            raise PublishError(f"{file} is missing, though {MANIFEST_NAME} lists it. {_AGAIN}")
         size = file.stat().st_size
         if size != entry.bytes:
-            raise PublishError(f"{file} has {size} bytes, expected {entry.bytes}. Publish this version again.")
+            raise PublishError(f"{file} has {size} bytes, expected {entry.bytes}. {_AGAIN}")
     digests = file_digests([path / name for name in manifest.files])
     for (name, entry), digest in zip(manifest.files.items(), digests, strict=True):
         if digest != entry.sha256:
             raise PublishError(
                 f"{path / name} has sha256 {digest[:16]}..., expected {entry.sha256[:16]}...: it was changed after it "
-                "was written. Check the file system and publish this version again."
+                f"was written. Check the file system. {_AGAIN}"
             )
     return manifest
 

@@ -16,6 +16,9 @@ from asympo_megatron import errors, protocol
 from asympo_megatron.config import Config, data_hash
 from asympo_megatron.rollout import Controller, build_controller
 from asympo_megatron.rollout.api import build_app
+from asympo_megatron.rollout.rows import VersionRow
+from asympo_megatron.sync import Manifest
+from asympo_megatron.sync.manifest import MANIFEST_NAME
 from asympo_megatron.testing.fake_engine import FakeEngine
 
 VOCAB = 64
@@ -105,12 +108,12 @@ def small_config(**changes: Any) -> Config:
 class Trainer:
     """The trainer's calls over HTTP."""
 
-    def __init__(self, client: TestClient, config: Config, token: str | None = None) -> None:
-        self._client, self._config = client, config
+    def __init__(self, client: TestClient, config: Config, root: Path, token: str | None = None) -> None:
+        self._client, self._config, self.root = client, config, root
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
         self.incarnation = 0
-        self.path: Callable[[int], str] = "/weights/{}".format
-        """Where a version lies."""
+        self.path: Callable[[int], str] = f"{root}/weights/{{}}".format
+        """Where a version lies: a directory with a manifest alone, or an address."""
 
     async def call(self, path: str, request: Any, kind: Any) -> Any:
         body = msgspec.msgpack.encode(request)
@@ -134,6 +137,10 @@ class Trainer:
         reply = await self.call("/version", request, protocol.VersionReply)
         if reply.needed:
             path = self.path(reply.version)
+            if "://" not in path:
+                Path(path).mkdir(parents=True)
+                manifest = Manifest(reply.version, step, checksum, {})
+                (Path(path) / MANIFEST_NAME).write_bytes(msgspec.json.encode(manifest))
             publish = protocol.PublishRequest(self.incarnation, step, reply.version, checksum, path)
             await self.call("/publish", publish, protocol.PublishReply)
         return reply.version
@@ -183,7 +190,7 @@ async def world(
     *,
     scorer: FakeScorer | None = None,
     task: FakeTask | None = None,
-    verify: Callable[[Path], object] = lambda _: None,
+    verify: Callable[[VersionRow], object] | None = lambda _: None,
     app: Callable[[Controller], web.Application] | None = None,
     environment: Any = None,
 ) -> AsyncIterator[World]:
@@ -208,7 +215,7 @@ async def world(
     try:
         async with TestClient(server) as client:
             await controller.start()
-            yield World(config, controller, engines, task, scorer, Trainer(client, config), client)
+            yield World(config, controller, engines, task, scorer, Trainer(client, config, run_dir), client)
     finally:
         await controller.stop()
         for engine in engines:

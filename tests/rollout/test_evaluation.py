@@ -66,7 +66,7 @@ def test_weights_wait_for_the_evaluation_and_training_does_not(tmp_path: Path) -
             assert (await w.trainer.lease(1)).ready, "training requests go on beside an evaluation"
             await w.trainer.publish(2)
             assert engine.label == "0"
-            publish = protocol.PublishRequest(1, 2, 2, "weights-2", "/weights/2")
+            publish = protocol.PublishRequest(1, 2, 2, "weights-2", w.trainer.path(2))
             assert (await w.trainer.call("/publish", publish, protocol.PublishReply)).in_use == [0, 2]
             engine.hold(lambda _: None)
             await engine.release()

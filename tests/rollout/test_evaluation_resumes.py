@@ -7,7 +7,6 @@ import pytest
 from evaluation_world import eval_config, held_out, to_the_end
 from rollout_world import VOCAB, World, run_async, world
 
-from asympo_megatron import protocol
 from asympo_megatron.rollout import syncer
 from asympo_megatron.rollout.collective import SenderLost
 from asympo_megatron.rollout.install import SyncOptions
@@ -88,13 +87,9 @@ def test_evaluation_owed_by_a_dead_controller(tmp_path: Path) -> None:
     async def scenario() -> None:
         engine = FakeEngine(VOCAB)
         engine.hold(lambda body: 2 if held_out(body) else None)
-        weights = tmp_path / "weights"
-        weights.mkdir()
         async with world(tmp_path, eval_config(), [engine]) as w:
             await w.trainer.attach()
-            await w.trainer.call("/version", protocol.VersionRequest(1, 0, "w"), protocol.VersionReply)
-            publish = protocol.PublishRequest(1, 0, 0, "w", str(weights))
-            await w.trainer.call("/publish", publish, protocol.PublishReply)
+            await w.trainer.publish(0)
             await engine.until(lambda: len(engine.running) == 3)
         async with world(tmp_path, eval_config(), [FakeEngine(VOCAB)]) as w:
             w.trainer.incarnation = 1
@@ -129,9 +124,7 @@ def test_evaluation_owed_by_a_dead_controller_to_a_trainer_that_resumed_with_the
     async def scenario() -> None:
         engine = FakeEngine(VOCAB)
         engine.hold(lambda body: 2 if held_out(body) else None)
-        (tmp_path / "weights").mkdir()
         async with world(tmp_path, eval_config(), [engine]) as w:
-            w.trainer.path = lambda _: str(tmp_path / "weights")
             for _ in range(2):
                 await w.trainer.attach()
                 assert await w.trainer.publish(0) == 0, "nothing is published again"

@@ -152,7 +152,7 @@ def test_versions_are_used_once(tmp_path: Path) -> None:
             assert same == protocol.VersionReply(0, False), "the engines hold exactly these"
             same = await w.trainer.call("/version", protocol.VersionRequest(1, 1, "weights-0"), protocol.VersionReply)
             assert same.needed, "a later step is announced even when its weights are equal: admission counts steps"
-            repeated = protocol.PublishRequest(1, 0, 0, "weights-0", "/weights/0")
+            repeated = protocol.PublishRequest(1, 0, 0, "weights-0", w.trainer.path(0))
             assert (await w.trainer.call("/publish", repeated, protocol.PublishReply)).in_use == [0]
             for number, why in ((0, "a version is never used twice"), (7, "version 7 was never given out")):
                 request = protocol.PublishRequest(1, 1, number, "other", "/weights/x")

@@ -1,14 +1,19 @@
 """What is checked before an engine serves a version: the published files, and the label that the engine reports."""
 
 import asyncio
+import shutil
 import threading
 from pathlib import Path
 
+import msgspec
 import pytest
 from rollout_world import VOCAB, installed, run_async, small_config, updates, world
 
 from asympo_megatron import protocol
 from asympo_megatron.errors import ControllerError, PublishError
+from asympo_megatron.rollout.rows import VersionRow
+from asympo_megatron.sync import Manifest
+from asympo_megatron.sync.manifest import MANIFEST_NAME
 from asympo_megatron.testing.fake_engine import FakeEngine
 
 
@@ -38,8 +43,8 @@ def test_label_is_verified(tmp_path: Path) -> None:
 
 def test_damaged_weights_end_the_run_with_the_reason(tmp_path: Path) -> None:
     async def scenario() -> None:
-        def verify(path: Path) -> None:
-            raise PublishError(f"{path}/model.safetensors has another digest than its manifest says.")
+        def verify(row: VersionRow) -> None:
+            raise PublishError(f"{row.path}/model.safetensors has another digest than its manifest says.")
 
         engine = FakeEngine(VOCAB)
         async with world(tmp_path, engines=[engine], verify=verify) as w:
@@ -58,8 +63,8 @@ def test_version_is_in_use_while_its_files_are_verified(tmp_path: Path) -> None:
     async def scenario() -> None:
         begun, go_on = threading.Event(), threading.Event()
 
-        def verify(path: Path) -> None:
-            if path.name == "1":
+        def verify(row: VersionRow) -> None:
+            if row.version == 1:
                 begun.set()
                 assert go_on.wait(120)
 
@@ -70,7 +75,7 @@ def test_version_is_in_use_while_its_files_are_verified(tmp_path: Path) -> None:
             await w.trainer.publish(1)
             assert await asyncio.to_thread(begun.wait, 120)
             await w.trainer.publish(2)
-            publish = protocol.PublishRequest(w.trainer.incarnation, 2, 2, "weights-2", "/weights/2")
+            publish = protocol.PublishRequest(w.trainer.incarnation, 2, 2, "weights-2", w.trainer.path(2))
             try:
                 assert (await w.trainer.call("/publish", publish, protocol.PublishReply)).in_use == [1, 2]
             finally:
@@ -85,11 +90,11 @@ def test_damaged_version_that_nobody_wants_any_more_is_passed_over(tmp_path: Pat
     async def scenario() -> None:
         begun, go_on = threading.Event(), threading.Event()
 
-        def verify(path: Path) -> None:
-            if path.name == "1":
+        def verify(row: VersionRow) -> None:
+            if row.version == 1:
                 begun.set()
                 assert go_on.wait(120)
-                raise PublishError(f"{path} has no readable manifest.")
+                raise PublishError(f"{row.path} has no readable manifest.")
 
         async with world(tmp_path, verify=verify) as w:
             await w.trainer.attach()
@@ -106,19 +111,62 @@ def test_damaged_version_that_nobody_wants_any_more_is_passed_over(tmp_path: Pat
     run_async(scenario())
 
 
+@pytest.mark.parametrize("harm", ["removed", "unreadable", "none"])
+def test_version_whose_files_are_gone_is_published_again(tmp_path: Path, harm: str) -> None:
+    """A scratch disk was cleaned between two sessions of a run: the trainer resumes with the weights of the journal."""
+
+    async def scenario() -> None:
+        async with world(tmp_path, engines=[FakeEngine(VOCAB)], verify=None) as w:
+            await w.trainer.attach()
+            assert await w.trainer.publish(0) == 0
+            await w.until(lambda: installed(w, 0))
+            directory = Path(w.trainer.path(0))
+        if harm == "removed":
+            shutil.rmtree(directory)
+        elif harm == "unreadable":
+            (directory / "manifest.json").write_text("{")
+        async with world(tmp_path, engines=[FakeEngine(VOCAB)], verify=None) as w:
+            await w.trainer.attach()
+            wanted = 0 if harm == "none" else 1
+            assert await w.trainer.publish(0) == wanted
+            await w.until(lambda: installed(w, wanted))
+            assert (await w.trainer.lease(0)).ready
+
+    run_async(scenario())
+
+
+def test_version_of_another_run_is_refused(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with world(tmp_path, engines=[FakeEngine(VOCAB)], verify=None) as w:
+            await w.trainer.attach()
+            request = protocol.VersionRequest(w.trainer.incarnation, 0, "weights-0")
+            assert (await w.trainer.call("/version", request, protocol.VersionReply)).version == 0
+            path = Path(w.trainer.path(0))
+            path.mkdir(parents=True)
+            manifest = Manifest(0, 0, "weights-of-another-run", {})
+            (path / MANIFEST_NAME).write_bytes(msgspec.json.encode(manifest))
+            publish = protocol.PublishRequest(w.trainer.incarnation, 0, 0, "weights-0", str(path))
+            await w.trainer.call("/publish", publish, protocol.PublishReply)
+            with pytest.raises(ControllerError, match="with checksum weights-of-another-run, expected version 0"):
+                await w.trainer.lease(0)
+            assert updates(w.engines[0]) == []
+
+    run_async(scenario())
+
+
 def test_weights_that_appear_late_are_waited_for(tmp_path: Path) -> None:
     async def scenario() -> None:
         tries = []
 
-        def verify(path: Path) -> None:
-            tries.append(path)
+        def verify(row: VersionRow) -> None:
+            tries.append(row.version)
             if len(tries) < 3:
-                raise PublishError(f"{path} has no readable manifest.")
+                raise PublishError(f"{row.path} has no readable manifest.")
 
         async with world(tmp_path, verify=verify) as w:
             await w.trainer.attach()
             await w.trainer.publish(0)
             assert (await w.trainer.lease(0)).ready
-            assert tries == [Path("/weights/0")] * 3
+            assert tries == [0] * 3
 
     run_async(scenario())

@@ -36,7 +36,7 @@ def test_update_in_flight_gives_responses_of_two_versions(tmp_path: Path) -> Non
                 "/pause_generation", "/update_weights_from_disk", "/continue_generation",
             ]  # fmt: skip
             assert sync[-3][1] == {"mode": "in_place"}
-            load = {"model_path": "/weights/1", "weight_version": "1", "flush_cache": False, "load_format": "auto"}
+            load = {"model_path": w.trainer.path(1), "weight_version": "1", "flush_cache": False, "load_format": "auto"}
             assert sync[-2][1] == load
 
     run_async(scenario())
@@ -81,7 +81,7 @@ def test_newest_version_wins(tmp_path: Path) -> None:
             await w.trainer.publish(2)
             ask = protocol.VersionRequest(w.trainer.incarnation, 3, "weights-3")
             version = (await w.trainer.call("/version", ask, protocol.VersionReply)).version
-            publish = protocol.PublishRequest(w.trainer.incarnation, 3, version, "weights-3", "/weights/3")
+            publish = protocol.PublishRequest(w.trainer.incarnation, 3, version, "weights-3", w.trainer.path(3))
             reply = await w.trainer.call("/publish", publish, protocol.PublishReply)
             assert reply.in_use == [1, 3]
             gate.set()
