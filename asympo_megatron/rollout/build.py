@@ -27,6 +27,7 @@ from asympo_megatron.rollout.journal import Journal
 from asympo_megatron.rollout.ledger import Ledger
 from asympo_megatron.rollout.mirrored import Mirrored
 from asympo_megatron.rollout.parts import Parts
+from asympo_megatron.rollout.prompts import Prompts
 from asympo_megatron.rollout.published import targets_of, verify_version
 from asympo_megatron.rollout.replay import ReplaySampler
 from asympo_megatron.rollout.requester import Requester
@@ -140,8 +141,9 @@ def _assemble(
         router,
     )
     player = Player(requester, environment, config.task.max_turns)
-    sampler = GroupSampler(config, task, scorer, ledger, rule, lambda: fleet.step, player, fleet, bell, background)
-    evaluator = Evaluator(config, task, scorer, player, fleet, targets, journal, bell)
+    told = (config, task, Prompts(task), scorer)
+    sampler = GroupSampler(*told, ledger, rule, lambda: fleet.step, player, fleet, bell, background)
+    evaluator = Evaluator(*told, player, fleet, targets, journal, bell)
     return Controller(Parts(*common, sampler, syncer, requester, evaluator, scorer, router), list(engine_urls))
 
 

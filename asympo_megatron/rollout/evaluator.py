@@ -16,6 +16,7 @@ from asympo_megatron.rollout.episodes import Episode, Player, all_or_none
 from asympo_megatron.rollout.fleet import Fleet
 from asympo_megatron.rollout.interfaces import Prompt, Scorer, Task
 from asympo_megatron.rollout.journal import Journal
+from asympo_megatron.rollout.prompts import Prompts
 from asympo_megatron.rollout.requester import Draft
 from asympo_megatron.rollout.rows import VersionRow
 from asympo_megatron.rollout.sampler import sampling_params, score
@@ -46,7 +47,8 @@ class Evaluator:
 
     Args:
         config: of the run.
-        task: held-out prompts.
+        task: tokens of the prompts.
+        prompts: of the task.
         scorer: rewards; accuracy is their mean.
         player: samples answers.
         fleet: tells when a version is installed.
@@ -59,6 +61,7 @@ class Evaluator:
         self,
         config: Config,
         task: Task,
+        prompts: Prompts,
         scorer: Scorer,
         player: Player,
         fleet: Fleet,
@@ -66,7 +69,7 @@ class Evaluator:
         journal: Journal,
         bell: Bell,
     ) -> None:
-        self._config, self._task, self._scorer = config, task, scorer
+        self._config, self._task, self._prompts, self._scorer = config, task, prompts, scorer
         self._player, self._fleet, self._targets = player, fleet, targets
         self._journal, self._bell = journal, bell
 
@@ -99,7 +102,7 @@ class Evaluator:
 
     async def _evaluate(self, row: VersionRow) -> Evaluation:
         started_s = time.monotonic()
-        prompts = self._task.eval_prompts(self._config.rollout.eval.prompts)
+        prompts = await self._prompts.held_out(self._config.rollout.eval.prompts)
         judged = await asyncio.gather(*(self._answer(number, prompt, row) for number, prompt in enumerate(prompts)))
         rewards = [reward for found in judged for reward in found.rewards]
         lengths = [tokens for found in judged for tokens in found.tokens]

@@ -15,6 +15,7 @@ from asympo_megatron.rollout.fleet import Fleet
 from asympo_megatron.rollout.grading import grade, raw_group
 from asympo_megatron.rollout.interfaces import Prompt, Scorer, Task
 from asympo_megatron.rollout.ledger import Ledger
+from asympo_megatron.rollout.prompts import Prompts
 from asympo_megatron.rollout.requester import Draft
 from asympo_megatron.rollout.rows import StoredGroup
 
@@ -30,7 +31,8 @@ class GroupSampler:
 
     Args:
         config: of the run.
-        task: prompts.
+        task: tokens of the prompts.
+        prompts: of the task.
         scorer: rewards.
         ledger: groups and their states.
         rule: the lag rule.
@@ -45,6 +47,7 @@ class GroupSampler:
         self,
         config: Config,
         task: Task,
+        prompts: Prompts,
         scorer: Scorer,
         ledger: Ledger,
         rule: LagRule,
@@ -54,7 +57,7 @@ class GroupSampler:
         bell: Bell,
         background: Background,
     ) -> None:
-        self._config, self._task, self._scorer = config, task, scorer
+        self._config, self._task, self._prompts, self._scorer = config, task, prompts, scorer
         self._ledger, self._rule, self._step = ledger, rule, step
         self._player, self._fleet = player, fleet
         self._bell, self._background = bell, background
@@ -78,7 +81,7 @@ class GroupSampler:
         self._background.spawn(self._group(group_id, prompt_index), f"group {group_id}")
 
     async def _group(self, group_id: int, prompt_index: int) -> None:
-        prompt = self._task.train_prompt(prompt_index)
+        prompt = await self._prompts.train(prompt_index)
         prompt_ids = list(prompt.ids)
         check_prompt(prompt_ids, self._task.codec.vocab_size, f"prompt {prompt_index}")
         longest = self._config.rollout.sampling.max_prompt_tokens

@@ -34,7 +34,7 @@ def test_lease_is_idempotent(tmp_path: Path) -> None:
             assert [row.advantage for row in first.responses] == [-0.5, 0.5] * 2
             assert first.metrics["reward/mean"] == 0.5
             assert first.metrics["lag/over_bound"] == 0
-            assert first.metrics["reward/junk"] == w.scorer.calls > 0
+            assert 2 <= first.metrics["reward/junk"] <= w.scorer.calls, "of the scorer, when the reply was written"
 
     run_async(scenario())
 
