@@ -8,7 +8,6 @@ fails too, the scorer is bad: RewardError. Nothing else becomes 0.
 import asyncio
 import logging
 import math
-import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -25,7 +24,7 @@ from asympo_megatron.tasks.workers import Verdict, WorkerLostError, WorkerPool, 
 
 _log = logging.getLogger(__name__)
 
-_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+_OPEN, _CLOSE = "<answer>", "</answer>"
 
 Texts = Sequence[str]
 History = Sequence[tuple[str, str]]
@@ -34,8 +33,21 @@ History = Sequence[tuple[str, str]]
 
 def extract_answer(text: str) -> str:
     """The answer inside a response: the last ``<answer>...</answer>`` if there is one, else all of it, stripped."""
-    tagged = _ANSWER.findall(text)
-    return (tagged[-1] if tagged else text).strip()
+    tagged = _last_tagged(text)
+    return (text if tagged is None else tagged).strip()
+
+
+def _last_tagged(text: str) -> str | None:
+    """What ``<answer>(.*?)</answer>`` finds last, in one pass: a regular expression takes quadratic time on a response
+    that repeats the opening tag."""
+    end = text.rfind(_CLOSE)
+    while end >= 0:
+        before = text.rfind(_CLOSE, 0, end)
+        begin = text.find(_OPEN, max(before, 0), end)
+        if begin >= 0:
+            return text[begin + len(_OPEN) : end]
+        end = before
+    return None
 
 
 class Method:
@@ -177,7 +189,8 @@ class Math(Pooled):
     r"""math-verify on the last ``<answer>``, else the last ``\boxed{}``, else what it finds in the text."""
 
     def job(self, prompt: Prompt, text: str) -> dict[str, Any]:
-        marked = extract_answer(text) if _ANSWER.search(text) else last_boxed(text)
+        tagged = _last_tagged(text)
+        marked = last_boxed(text) if tagged is None else tagged.strip()
         return {"gold": prompt.answer, "text": text if marked is None else marked, "marked": marked is not None}
 
     def reference_job(self, prompt: Prompt) -> dict[str, Any] | None:

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from asympo_megatron.errors import RewardError
 
 MEMORY_BYTES = 1 << 30
@@ -129,8 +131,12 @@ class _Worker:
         process, self.process = self.process, None
         if process is None:
             return
+        started = [] if self._spec.fenced else _descendants(process.pid)
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
+        for child in started:
+            with suppress(psutil.Error):
+                child.kill()
         await process.wait()
         if process.stdin is not None:
             process.stdin.close()
@@ -177,6 +183,16 @@ class _Worker:
         if not isinstance(reply, dict):
             raise WorkerLostError("a forged reply")
         return reply
+
+
+def _descendants(pid: int) -> list[psutil.Process]:
+    """What a worker started in sessions of their own, as code runners do. Stopped first, it starts no more."""
+    try:
+        worker = psutil.Process(pid)
+        worker.suspend()
+        return worker.children(recursive=True)
+    except psutil.Error:
+        return []
 
 
 def _bare_environment() -> dict[str, str]:

@@ -3,6 +3,8 @@
 import asyncio
 import os
 import socket
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -138,3 +140,13 @@ def replies_foreign(prompt, response, answer, meta):
 def episodes(prompts, responses, answers, metas):
     """Turns before the last one, and the length of the last."""
     return [len(meta["episode"]) + len(text) / 10 for text, meta in zip(responses, metas, strict=True)]
+
+
+def runs_code(prompts, responses, answers, metas):
+    """Start a program that runs for long, say its number, and wait for it."""
+    program = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+    told = Path(responses[0])
+    told.with_suffix(".tmp").write_text(str(program.pid))
+    told.with_suffix(".tmp").rename(told)
+    program.wait()
+    return [0.0]

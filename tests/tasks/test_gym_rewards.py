@@ -2,11 +2,14 @@
 
 import asyncio
 import builtins
+import re
 import socket
 import subprocess
 import sys
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from asympo_megatron.config import load_config
 from asympo_megatron.errors import RewardError, TaskError, UnknownNameError
@@ -91,11 +94,26 @@ def test_partial_scores_counted_as_reward_are_caught(gym):
         (" 42\n", "42"),
         ("<answer>1</answer> no, <answer> 2\n</answer>!", "2"),
         ("<answer>unclosed", "<answer>unclosed"),
+        ("<answer>1</answer> closed twice </answer>", "1"),
+        ("<answer>1 <answer>2</answer>", "1 <answer>2"),
         ("", ""),
     ],
 )
 def test_extraction(text, answer):
     assert extract_answer(text) == answer
+
+
+@given(st.lists(st.sampled_from(["<answer>", "</answer>", "<answer", "/answer>", "1", "\n"]), max_size=30).map("".join))
+def test_extraction_finds_what_a_regular_expression_finds(text):
+    found = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
+    assert extract_answer(text) == (found[-1] if found else text).strip()
+
+
+def test_a_response_that_repeats_a_tag_is_no_more_work_than_another():
+    """A regular expression would take hours on it."""
+    text = "<answer>" * 1_000_000
+    assert extract_answer(text) == text
+    assert extract_answer("</answer>" * 1_000_000) == "</answer>" * 1_000_000
 
 
 def test_a_scorer_that_raises_over_junk_gives_zero_and_one_that_is_broken_an_error(gym):

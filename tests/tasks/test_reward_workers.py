@@ -1,6 +1,7 @@
 """User functions and the processes they run in: retry, time-out, crash, memory, inheritance, end with the parent."""
 
 import asyncio
+import contextlib
 import os
 import select
 import signal
@@ -10,6 +11,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+import psutil
 import pytest
 import tenacity
 
@@ -183,6 +185,32 @@ def test_a_lost_worker_is_replaced_and_a_good_one_kept():
     assert lost == [[], []]
     assert len(set(kept)) == 1
     assert len(kept[0]) == 1, "the second worker starts only when two jobs run at once"
+
+
+def test_what_a_lost_worker_started_ends_with_it(tmp_path):
+    """In a session of its own, as those who run code start it: the worker's process group does not hold it."""
+    told = tmp_path / "pid"
+    job = {"arguments": [["p"], [str(told)], ["a"], [{}]]}
+
+    async def lose():
+        pool = WorkerPool(WorkerSpec("function", {"target": "reward_functions:runs_code"}, fenced=False), 1, 60.0)
+        task = asyncio.ensure_future(pool.call(job))
+        while not told.exists():
+            await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(asyncio.wait_for(lose(), 60))
+    try:
+        started = psutil.Process(int(told.read_text()))
+    except psutil.NoSuchProcess:
+        return
+    try:
+        assert psutil.wait_procs([started], timeout=60)[1] == []
+    finally:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            started.kill()
 
 
 def test_a_cancelled_job_leaves_no_reply_for_the_next():
