@@ -53,7 +53,7 @@ class ChaosEngine(FakeEngine):
             held = file.read()[-WEIGHT_BYTES:].hex()
         self._points.reach("load:read")
         answer = await super()._update(body)
-        self._points.note("loaded", version=int(self.label), manifest=manifest.checksum, checksum=held)
+        self._points.note("loaded", version=int(self.version), manifest=manifest.checksum, checksum=held)
         return answer
 
     def _later(self, seconds: float, rid: str) -> None:

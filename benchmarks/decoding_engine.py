@@ -81,11 +81,12 @@ class DecodingEngine:
         size = min(self._length_of(request), most)
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._orders += 1
-        running = _Running(self._iterations + size, self._orders, size, done, [(int(self._label), 0)])
+        running = _Running(self._iterations + size, self._orders, size, done, [(_version(self._label), 0)])
         heapq.heappush(self._heap, running)
         self._changed()
         await done
-        return Answer([_TOKEN] * size, _spans(running), "length" if size == most else "stop", None)
+        finish = "length" if size == most else "stop"
+        return Answer([_TOKEN] * size, _spans(running), finish, None, origin=self._label.partition(".")[2])
 
     async def update_weights(self, path: str, label: str, *, flush_cache: bool, timeout_s: float) -> None:
         started_s = asyncio.get_running_loop().time()
@@ -94,7 +95,7 @@ class DecodingEngine:
         self._label = label
         for running in self._heap:
             sampled = running.size - math.ceil(running.end - self._iterations - 1e-6)
-            running.versions.append((int(label), sampled))
+            running.versions.append((_version(label), sampled))
 
     async def pause(self, mode: str) -> None:
         self._advance()
@@ -147,6 +148,10 @@ class DecodingEngine:
             if not running.done.done():
                 running.done.set_result(None)
         self._changed()
+
+
+def _version(label: str) -> int:
+    return int(label.partition(".")[0])
 
 
 def _spans(running: _Running) -> list[VersionSpan]:

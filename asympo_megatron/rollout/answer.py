@@ -51,7 +51,7 @@ class Answer(msgspec.Struct, frozen=True, gc=False):
     expired: bool = False
     """The client's own timer ended the request."""
     origin: str = ""
-    """What follows the version in the labels of its weights: behind a router, the engine that sampled it."""
+    """The tag behind the version in the labels of its weights: the engine that sampled it."""
 
 
 class _Finish(msgspec.Struct, gc=False):

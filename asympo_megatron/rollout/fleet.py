@@ -48,8 +48,8 @@ class Engine:
     quiet_since_s: float = 0.0
     """Time of the loop at its last good answer, or at the first request since it had none."""
     tag: str = ""
-    """Behind a router: ends the labels of its weights, so that an answer names who sampled it. New in every life, so
-    that one from before a failure is nobody's."""
+    """Ends the labels of its weights: behind a router an answer names who sampled it, and another controller that
+    loads weights here is noticed. New in every life, so that an answer from before a failure is nobody's."""
     suspected: bool = False
     """A request failed in the router: this engine may be the reason, and is looked at."""
     last_error: str = ""

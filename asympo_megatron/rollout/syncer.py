@@ -112,8 +112,8 @@ class Syncer:
 
     async def _get_ready(self, engine: Engine) -> None:
         self._fleet.set_state(engine, EngineState.STARTING)
+        engine.tag = secrets.token_hex(4)
         if self._router is not None:  # before it is told to go on with whatever weights it has
-            engine.tag = secrets.token_hex(4)
             await self._router.leave(engine.url)
         retrying = AsyncRetrying(
             retry=retry_if_exception_type(EngineError),

@@ -88,6 +88,11 @@ class FakeEngine:
     def url(self) -> str:
         return f"http://127.0.0.1:{self._port}"
 
+    @property
+    def version(self) -> str:
+        """Its label without the tag."""
+        return self.label.partition(".")[0]
+
     async def kill(self) -> None:
         """Die at once: every connection is cut, no request is answered."""
         runner, self._runner = self._runner, None
@@ -232,8 +237,7 @@ class FakeEngine:
     def _extend(self, running: FakeRequest, size: int) -> None:
         start = len(running.ids)
         prompt = sum(running.body["input_ids"])
-        version = self.label.partition(".")[0]  # behind a router a tag follows
-        seed = int(version) if version.isdecimal() else 0
+        seed = int(self.version) if self.version.isdecimal() else 0
         running.ids += [(prompt + 7 * k + 13 * seed) % self.vocab_size for k in range(start, size)]
         if size > start:
             running.spans.append({"version": self.label, "start": start, "end": size})

@@ -228,9 +228,14 @@ def installed(w: World, version: int) -> bool:
     return bool(fleet.serving) and all(e.weights and e.weights.version == version for e in fleet.serving)
 
 
-def updates(engine: FakeEngine) -> list[str]:
-    """Labels of the versions that an engine was told to load, in order."""
+def labels(engine: FakeEngine) -> list[str]:
+    """Of the weights that an engine was told to load, in order."""
     return [body["weight_version"] for path, body in engine.calls if path == "/update_weights_from_disk"]
+
+
+def updates(engine: FakeEngine) -> list[str]:
+    """Versions that an engine was told to load, in order."""
+    return [label.partition(".")[0] for label in labels(engine)]
 
 
 def changed(**fields: Any) -> Callable[[dict[str, Any]], Any]:

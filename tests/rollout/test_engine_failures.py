@@ -1,6 +1,7 @@
 """Engines that die, hang, lie or never start: their work goes elsewhere, and nothing is lost or trained twice."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rollout_world import VOCAB, FakePrompt, FakeTask, World, changed, run_async, small_config, world
@@ -9,6 +10,12 @@ from asympo_megatron.errors import ControllerError
 from asympo_megatron.rollout.build import serve_controller
 from asympo_megatron.rollout.fleet import EngineState
 from asympo_megatron.testing.fake_engine import FakeEngine
+
+
+def _shorter(answer: dict[str, Any]) -> dict[str, Any]:
+    answer["meta_info"]["weight_versions"][-1]["end"] -= 1
+    return answer
+
 
 GARBAGE = {
     "id outside the vocabulary": (changed(output_ids=[1, 2, VOCAB, 3]), "token id outside the vocabulary of 64"),
@@ -22,10 +29,7 @@ GARBAGE = {
         changed(meta__weight_versions=[{"version": "0", "start": 1, "end": 4}]),
         "gap or an overlap at token 1, expected 0",
     ),
-    "spans too short": (
-        changed(meta__weight_versions=[{"version": "0", "start": 0, "end": 3}]),
-        "covers 3 of 4 tokens",
-    ),
+    "spans too short": (_shorter, "covers 3 of 4 tokens"),
     "restarted": (
         changed(meta__weight_versions=[{"version": "default", "start": 0, "end": 4}]),
         "'default' was never published by this run",
@@ -38,7 +42,7 @@ GARBAGE = {
         changed(meta__weight_versions=[{"version": "0.ab", "start": 0, "end": 4}]),
         "'0.ab' was never published",
     ),
-    "labels of a router's engine": (
+    "labels of another controller": (
         changed(meta__weight_version="0.ab", meta__weight_versions=[{"version": "0.ab", "start": 0, "end": 4}]),
         "weights labelled by another controller",
     ),
@@ -104,13 +108,15 @@ def test_restarted_engine_joins_again(tmp_path: Path) -> None:
             await engine.restart()
             for sample in await w.trainer.payload(await w.trainer.lease(0)):
                 assert [(span.version, span.start, span.end) for span in sample.versions] == [(0, 0, 4)]
-            assert engine.label == "0"
+            assert engine.version == "0"
 
     run_async(scenario())
 
 
-def test_silent_restart_is_found_by_the_health_check(tmp_path: Path) -> None:
-    """Nothing is in flight, the engine lost its weights: the next look at /model_info finds out."""
+@pytest.mark.parametrize("label", ["default", "0.ab12cd34"])
+def test_other_weights_are_found_by_the_health_check(tmp_path: Path, label: str) -> None:
+    """Nothing is in flight, the engine restarted or got another run's version 0: the next look at /model_info finds
+    out."""
 
     async def scenario() -> None:
         engine = FakeEngine(VOCAB)
@@ -119,10 +125,10 @@ def test_silent_restart_is_found_by_the_health_check(tmp_path: Path) -> None:
             await w.trainer.attach()
             await w.trainer.publish(0)
             assert (await w.trainer.lease(0)).ready
-            engine.label = "default"
+            engine.label = label
             held = w.controller.parts.fleet.engines[engine.url]
-            await w.until(lambda: "reports weight version 'default'" in held.last_error and held.serving)
-            assert engine.label == "0"
+            await w.until(lambda: f"reports weight version {label!r}" in held.last_error and held.serving)
+            assert engine.version == "0"
 
     run_async(scenario())
 

@@ -4,7 +4,7 @@ import asyncio
 from pathlib import Path
 
 from evaluation_world import eval_config, held_out, to_the_end
-from rollout_world import VOCAB, run_async, world
+from rollout_world import VOCAB, run_async, updates, world
 
 from asympo_megatron import protocol
 from asympo_megatron.testing.fake_engine import FakeEngine
@@ -65,7 +65,7 @@ def test_weights_wait_for_the_evaluation_and_training_does_not(tmp_path: Path) -
             await w.trainer.publish(1)
             assert (await w.trainer.lease(1)).ready, "training requests go on beside an evaluation"
             await w.trainer.publish(2)
-            assert engine.label == "0"
+            assert engine.version == "0"
             publish = protocol.PublishRequest(1, 2, 2, "weights-2", w.trainer.path(2))
             assert (await w.trainer.call("/publish", publish, protocol.PublishReply)).in_use == [0, 2]
             engine.hold(lambda _: None)
@@ -73,8 +73,7 @@ def test_weights_wait_for_the_evaluation_and_training_does_not(tmp_path: Path) -
             carried = await to_the_end(w, first=2)
             found = [result.version for results in carried.values() for result in results]
             assert found == [0, 2, 4, 5], "a version to be evaluated is never skipped"
-            loaded = [body["weight_version"] for path, body in engine.calls if path == "/update_weights_from_disk"]
-            assert loaded[:2] == ["0", "2"], "version 1 became old while the evaluation ran"
+            assert updates(engine)[:2] == ["0", "2"], "version 1 became old while the evaluation ran"
 
     run_async(scenario())
 
@@ -118,8 +117,7 @@ def test_evaluation_survives_its_engine(tmp_path: Path) -> None:
             engine.hold(lambda _: None)
             await engine.restart()
             await w.until(lambda: w.controller.parts.targets.pinned is None)
-            loaded = [body["weight_version"] for path, body in engine.calls if path == "/update_weights_from_disk"]
-            assert loaded[:2] == ["0", "0"], "the engine comes back with the pinned version"
+            assert updates(engine)[:2] == ["0", "0"], "the engine comes back with the pinned version"
             assert [e.version for e in (await w.trainer.lease(0)).evaluations] == [0]
 
     run_async(scenario())

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from fake_router import FakeRouter, calls, each, expected, fleet, routed_world, train
-from rollout_world import VOCAB, changed, run_async, updates
+from rollout_world import VOCAB, changed, labels, run_async
 
 from asympo_megatron.rollout.fleet import EngineState
 from asympo_megatron.testing.fake_engine import FakeEngine
@@ -194,7 +194,7 @@ def test_only_the_engine_that_an_answer_names_is_blamed(tmp_path: Path, garbage:
             assert (f"router {w.config.rollout.router_url}: answer" in held.last_error) == named
             assert fleet(w).engines[good.url].last_error == ""
             await w.until(lambda: held.serving)
-            lives = [len({label.partition(".")[2] for label in updates(engine)}) for engine in (bad, good)]
+            lives = [len({label.partition(".")[2] for label in labels(engine)}) for engine in (bad, good)]
             assert lives == [1 + named, 1], "a full load under a new label for the one that was named alone"
 
     run_async(scenario())

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from rollout_world import VOCAB, installed, run_async, small_config, updates, world
+from rollout_world import VOCAB, installed, labels, run_async, small_config, updates, world
 
 from asympo_megatron import protocol
 from asympo_megatron.testing.fake_engine import FakeEngine
@@ -36,7 +36,12 @@ def test_update_in_flight_gives_responses_of_two_versions(tmp_path: Path) -> Non
                 "/pause_generation", "/update_weights_from_disk", "/continue_generation",
             ]  # fmt: skip
             assert sync[-3][1] == {"mode": "in_place"}
-            load = {"model_path": w.trainer.path(1), "weight_version": "1", "flush_cache": False, "load_format": "auto"}
+            load = {
+                "model_path": w.trainer.path(1),
+                "weight_version": labels(engine)[1],
+                "flush_cache": False,
+                "load_format": "auto",
+            }
             assert sync[-2][1] == load
 
     run_async(scenario())
