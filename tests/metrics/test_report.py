@@ -108,6 +108,24 @@ def test_lag_is_summed_over_the_whole_run(run_dir):
     assert f"on average {mean:.2f} steps old" in " ".join(summary.paragraphs(run))
 
 
+@pytest.mark.parametrize(
+    ("objective", "options", "claimed"),
+    [
+        ("asympo", {}, True),
+        ("reinforce", {}, True),
+        ("grpo", {"old_logprobs": "recompute"}, True),
+        *((name, {}, False) for name in ("grpo", "dapo", "dr_grpo", "gspo", "cispo", "tis", "icepop")),
+        ("no_such_package:Objective", {}, False),
+    ],
+)
+def test_behavior_logprobs_are_said_to_be_unused_only_where_they_are(run_dir, objective, options, claimed):
+    run = load_run(run_dir)
+    run.config.objective.name, run.config.objective.options = objective, options
+    text = " ".join(summary.paragraphs(run))
+    assert "steps old when they were trained" in text
+    assert ("No behavior log-probability was requested or used." in text) == claimed
+
+
 def test_shares_of_time_add_up(run_dir):
     (text,) = [text for text in summary.paragraphs(load_run(run_dir)) if text.startswith("The trainer's steps took")]
     assert sum(int(share) for share in re.findall(r"(\d+)%", text)) in (99, 100, 101)

@@ -7,6 +7,7 @@ import numpy as np
 from asympo_megatron.metrics.console import clock_time
 from asympo_megatron.metrics.report.asynchrony import lag_counts, times
 from asympo_megatron.metrics.report.rundata import RunData
+from asympo_megatron.objectives import build_objective
 
 _ENDS = 10
 """Rewards at the start and the end are means over this many steps."""
@@ -119,11 +120,16 @@ def _staleness(run: RunData) -> str | None:
     over = run.series("lag/over_bound")
     if over and over.values.sum():
         text += f"; {over.values.sum():,.0f} exceeded the bound"
-    return text + ". No behavior log-probability was requested or used." if not _needs_behavior(run) else text + "."
+    return text + ("." if _reads_behavior(run) else ". No behavior log-probability was requested or used.")
 
 
-def _needs_behavior(run: RunData) -> bool:
-    return run.config.objective.name == "grpo"
+def _reads_behavior(run: RunData) -> bool:
+    """Whether the objective reads the log-probs of the engines, or nobody here can say."""
+    objective = run.config.objective
+    try:
+        return "behavior_logprob_T" in build_objective(objective.name, **objective.options).needs
+    except Exception:  # of a package that this machine lacks: a report does without
+        return True
 
 
 def _time(run: RunData) -> str | None:
