@@ -1,7 +1,9 @@
 """metrics.jsonl: the record of a run that everything else is drawn from. One JSON object a line.
 
 A row belongs to a ``step``, the number of completed optimizer steps; row 0 is the state before training. A step may be
-written again (an evaluation that ends later, a resumed trainer): the last row of a step counts.
+written again (an evaluation that ends later, a resumed trainer): the last row of a step counts. A trainer begins with
+the row of the step it goes on from, under a new ``incarnation``: later rows of earlier trainers are of weights that are
+lost.
 """
 
 import logging
@@ -67,7 +69,8 @@ def encode_row(row: Mapping[str, Any]) -> bytes:
 def read_rows(path: str | Path) -> list[Row]:
     """The rows of a run by step, one a step: the last that was written. A missing file has none.
 
-    A trainer that was replaced may still write: its rows do not count against those of a later incarnation.
+    The first row of an incarnation ends what earlier ones did after that step. A trainer that was replaced may still
+    write: its rows do not count.
 
     A line that was torn by a crash is left out.
 
@@ -78,11 +81,16 @@ def read_rows(path: str | Path) -> list[Row]:
     if not path.is_file():
         return []
     rows: dict[int, Row] = {}
+    newest = 0
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             row = decode_line(line, f"{path}, line {number}")
-            if row is not None and row.get("incarnation", 0) >= rows.get(row["step"], {}).get("incarnation", 0):
-                rows[row["step"]] = row
+            if row is None or row.get("incarnation", 0) < newest:
+                continue
+            if row.get("incarnation", 0) > newest:
+                newest = row["incarnation"]
+                rows = {step: kept for step, kept in rows.items() if step < row["step"]}
+            rows[row["step"]] = row
     return [rows[step] for step in sorted(rows)]
 
 

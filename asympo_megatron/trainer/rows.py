@@ -29,14 +29,25 @@ class MetricsRows:
         self._started_s = time.time()
 
     def start(self, incarnation: int, step: int) -> None:
-        """Begin at ``step``; the clock of an earlier incarnation goes on."""
+        """Begin at ``step``; the clock of an earlier incarnation goes on.
+
+        The row of ``step`` is written again, so that what was logged after it counts no more.
+
+        Args:
+            incarnation: of the trainer, from 1; 0 where nobody counts them but the rows themselves.
+            step: completed optimizer steps.
+        """
         self._incarnation = incarnation
         if self._writer is None:
             return
-        rows = [row for row in read_rows(self._writer.path) if row["step"] <= step]
+        rows = read_rows(self._writer.path)
+        self._incarnation = incarnation or 1 + max((row.get("incarnation", 0) for row in rows), default=0)
+        rows = [row for row in rows if row["step"] <= step]
         self._recent = {row["step"]: row for row in rows[-_REMEMBERED:]}
         self._started_s = time.time() - (rows[-1].get("time_s", 0.0) if rows else 0.0)
-        if step not in self._recent:
+        if step in self._recent:
+            self._writer.write({**self._recent[step], "incarnation": self._incarnation})  # the sinks have it
+        else:
             self._emit({"step": step})
 
     def write(

@@ -65,6 +65,27 @@ def test_a_late_row_of_a_replaced_trainer_does_not_count(written):
     assert read_rows(written)[2]["train/weights_checksum"] == "new"
 
 
+@pytest.mark.parametrize("source_counts", [True, False])
+def test_what_a_crash_undid_does_not_count_once_the_run_goes_on(tmp_path, source_counts):
+    path = tmp_path / "metrics.jsonl"
+    dead = MetricsRows(MetricsWriter(path), [])
+    dead.start(1 if source_counts else 0, 0)
+    for step in range(1, 9):
+        dead.write(step, lease(step - 1, [0]), {"tokens": 1.0}, f"dead {step}", LAPS)
+    rows = MetricsRows(MetricsWriter(path), [])
+    rows.start(2 if source_counts else 0, 5)
+    assert [row["step"] for row in read_rows(path)] == [0, 1, 2, 3, 4, 5]
+    rows.write(6, lease(5, [0], [evaluation(2, 0.5)]), {"tokens": 1.0}, "alive", LAPS)
+    found = read_rows(path)
+    assert [row["step"] for row in found] == [0, 1, 2, 3, 4, 5, 6], "an evaluation of an old step ends nothing"
+    assert [row.get("train/weights_checksum") for row in found[4:]] == ["dead 4", "dead 5", "alive"]
+    assert found[2]["eval/accuracy"] == 0.5
+    assert found[6]["incarnation"] == 2
+    dead.write(9, lease(8, [0]), {"tokens": 1.0}, "dead 9", LAPS)
+    if source_counts:
+        assert read_rows(path) == found, "nor does a trainer that was replaced go on"
+
+
 def test_a_failing_sink_is_left_out_and_the_file_goes_on(tmp_path):
     class Broken:
         calls = 0

@@ -190,9 +190,9 @@ def key_figures(run: RunData) -> Iterator[tuple[str, str]]:
             value = form(line.values)
             yield label, value + (f"{run.series('lag/max').values.max():.0f}" if name == "lag/mean" else "")
     yield from _discarded(run)
-    incarnations = {row.get("incarnation") for row in run.rows} - {None}
-    if len(incarnations) > 1:
-        yield "Trainer incarnations (restarts + 1)", str(len(incarnations))
+    incarnations = max(row.get("incarnation", 1) for row in run.rows)
+    if incarnations > 1:
+        yield "Trainer incarnations (restarts + 1)", str(incarnations)
     if run.rows[-1].get("train/weights_checksum"):
         yield "Checksum of the last weights", str(run.rows[-1]["train/weights_checksum"])
 
