@@ -41,7 +41,9 @@ class RunConsole:
         self._tail = RowTail(Path(run_dir) / "metrics.jsonl")
         self._console, self._clock = console or Console(), clock
         self._state = RunState(sampled=config.rollout.source != "supervised")
+        self._incarnation: int | None = None
         self._first = (clock(), 0)
+        """When this view first saw the trainer, and its step then: the rows of a resumed run are old."""
         self._next_line_s = clock()
         self._live: Live | None = None
 
@@ -63,10 +65,10 @@ class RunConsole:
         if not self._enabled:
             return
         for row in self._tail.poll():
-            started = self._state.row is None
             self._state.take(row)
-            if started:
-                self._first = (self._clock(), self._state.step)
+        if self._state.row is not None and self._state.row.get("incarnation", 0) != self._incarnation:
+            self._incarnation = self._state.row.get("incarnation", 0)
+            self._first = (self._clock(), self._state.step)
         if self._live is not None:
             self._live.update(self._screen(), refresh=True)
         elif self._state.unseen and self._clock() >= self._next_line_s:

@@ -92,6 +92,24 @@ def test_the_screen_shows_bar_figures_and_remaining_time(tmp_path):
         assert text in screen, text
 
 
+def test_the_remaining_time_of_a_resumed_run_counts_what_it_does_itself(tmp_path):
+    console, writer, out, clock = watch(tmp_path, terminal=True)
+    for step in range(81):
+        writer.write(row(step))
+    with console:
+        clock.now += 20
+        console.update()
+        assert "left" not in out.getvalue()
+        writer.write(row(50, incarnation=2))
+        console.update()
+        for step in range(51, 61):
+            writer.write(row(step, incarnation=2))
+        clock.now += 100
+        console.update()
+        assert "step 60/100" in out.getvalue()
+        assert "6:40 left" in out.getvalue()
+
+
 def test_supervised_steps_show_their_loss_and_no_reward(tmp_path):
     supervised = ["rollout.source=supervised", "objective.name=sft", "advantage.estimator=none"]
     console, writer, out, _ = watch(tmp_path, False, *supervised)
