@@ -16,6 +16,7 @@ from asympo_megatron.errors import AsympoError
 
 _PR_SET_PDEATHSIG = 1
 _TAIL_LINES = 60
+_TAIL_BYTES = 64 * 1024
 
 
 class ChildDiedError(AsympoError, RuntimeError):
@@ -24,11 +25,12 @@ class ChildDiedError(AsympoError, RuntimeError):
 
 @dataclass
 class Child:
-    """A started role, the log that holds its output, and the signal that ends it."""
+    """A started role, the log that holds its output from a byte on, and the signal that ends it."""
 
     role: str
     process: subprocess.Popen[bytes]
     log: Path
+    log_start: int
     stop_signal: signal.Signals
 
 
@@ -64,6 +66,7 @@ class Children:
         log = self._logs / f"{role}.log"
         log.touch(mode=0o600)
         with log.open("ab") as out:
+            log_start = out.tell()
             process = subprocess.Popen(
                 list(command),
                 stdin=subprocess.DEVNULL,
@@ -73,7 +76,7 @@ class Children:
                 start_new_session=True,
                 preexec_fn=partial(die_with_parent, stop_signal),
             )
-        child = Child(role, process, log, stop_signal)
+        child = Child(role, process, log, log_start, stop_signal)
         self._children.append(child)
         return child
 
@@ -110,13 +113,19 @@ class Children:
 def death_notice(child: Child, code: int) -> str:
     """One message that says who died, how, and its last words."""
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
-    return f"{child.role} {how}. The end of {child.log}:\n{last_words(child.log)}"
+    return f"{child.role} {how}. The end of {child.log}:\n{last_words(child)}"
 
 
-def last_words(log: Path, lines: int = 12) -> str:
-    """The reason that the role itself gave at the end of its log; without one, the last non-empty lines."""
-    text = log.read_text(errors="replace") if log.is_file() else ""
-    tail = [line for line in text.splitlines() if line.strip()][-_TAIL_LINES:]
+def last_words(child: Child, lines: int = 12) -> str:
+    """The reason that the role itself gave at the end of its log; without one, the last non-empty lines.
+
+    What an earlier process wrote is not read, nor more than the end of a log that grew for weeks.
+    """
+    text = b""
+    with contextlib.suppress(FileNotFoundError), child.log.open("rb") as log:
+        log.seek(max(child.log_start, log.seek(0, os.SEEK_END) - _TAIL_BYTES))
+        text = log.read()
+    tail = [line for line in text.decode(errors="replace").splitlines() if line.strip()][-_TAIL_LINES:]
     # torchrun writes pages of its own below the error of a rank
     reasons = list(dict.fromkeys(line for line in tail if line.startswith("asympo: ")))
     return "\n".join(f"    {line}" for line in reasons or tail[-lines:]) or "    (empty)"

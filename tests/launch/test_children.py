@@ -11,7 +11,7 @@ import pytest
 
 from asympo_megatron.config import RunDir, load_config
 from asympo_megatron.errors import ConfigError
-from asympo_megatron.launch.children import ChildDiedError, Children
+from asympo_megatron.launch.children import ChildDiedError, Children, death_notice
 from asympo_megatron.launch.lock import RunLock
 from asympo_megatron.launch.ports import check_port, free_port
 from asympo_megatron.testing.polling import wait_until
@@ -45,6 +45,29 @@ def test_the_reason_a_role_gave_is_shown_without_what_its_launcher_wrote_below(c
     with pytest.raises(ChildDiedError) as caught:
         children.check()
     assert str(caught.value).splitlines()[1:] == ["    asympo: ConfigError: lr is 0."]
+
+
+def test_the_reason_that_an_earlier_run_gave_is_not_repeated(tmp_path):
+    log = tmp_path / "trainer.log"
+    log.write_text("asympo: ConfigError: of an earlier run\n")
+    children = Children(tmp_path)
+    for words in ("'out of sand'", "''"):
+        child = children.start("trainer", [sys.executable, "-c", f"print({words})"])
+        child.process.wait()
+        notice = death_notice(child, 1)
+        assert "earlier run" not in notice
+    assert "(empty)" in notice
+    assert "out of sand" in log.read_text()
+    children.stop()
+
+
+def test_only_the_end_of_a_large_log_is_read(children):
+    code = "print('asympo: EngineError: long ago', *['x' * 2000] * 50, 'out of sand', sep='\\n')"
+    child = children.start("engine0", [sys.executable, "-c", code])
+    child.process.wait()
+    notice = death_notice(child, 1)
+    assert notice.endswith("\n    out of sand")
+    assert "long ago" not in notice
 
 
 def test_a_killed_child_is_named_by_its_signal(children):
