@@ -22,6 +22,10 @@ single values, left to right. A key that does not exist is an error that names t
 configuration is saved as `config.yaml` in the run directory. Shipped presets: {presets}; examples for clusters are in
 [examples/configs](../examples/configs).
 
+The same name resumes a run, also with other settings: those that decide its data or its model are refused, and
+`config.yaml` stays as it was; all others hold from the step it goes on from, and are told with their old values in the
+log and the report.
+
 `model.megatron`, `optimizer.megatron` and `ddp.megatron` take any field of Megatron-Core's `TransformerConfig`,
 `OptimizerConfig` and `DistributedDataParallelConfig`.
 

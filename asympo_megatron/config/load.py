@@ -72,7 +72,12 @@ def save_config(config: Config, path: str | Path) -> None:
     secret = config.rollout.controller_token or config.rollout.engine_api_key
     path = Path(path)
     path.touch(mode=0o600 if secret else 0o644)
-    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    path.write_text(config_text(config))
+
+
+def config_text(config: Config) -> str:
+    """The resolved configuration as YAML."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
 def data_hash(config: Config) -> str:

@@ -50,9 +50,21 @@ class RunDir:
     def config(self) -> Path:
         return self.path / "config.yaml"
 
+    @property
+    def configs(self) -> Path:
+        return self.path / "configs"
+
     def create(self, config: Config) -> None:
         """Make the directory and save the resolved config in it."""
         self.path.mkdir(parents=True, exist_ok=True)
         temporary = self.path / f".config.{os.getpid()}.yaml"
         save_config(config, temporary)
         temporary.replace(self.config)
+
+    def keep_config(self, step: int) -> None:
+        """Keep config.yaml as the configuration in force from ``step`` on."""
+        self.configs.mkdir(exist_ok=True)
+        temporary = self.configs / f".{os.getpid()}.yaml"
+        temporary.touch(mode=self.config.stat().st_mode & 0o777)
+        temporary.write_bytes(self.config.read_bytes())
+        temporary.replace(self.configs / f"step_{step:06d}.yaml")

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from asympo_megatron.config import Config, RunDir, data_hash, load_config, warm_start_config
+from asympo_megatron.config import Config, RunDir, data_hash, history, load_config, warm_start_config
 from asympo_megatron.errors import EXIT_REQUEUE, ConfigError, PreemptedError
 from asympo_megatron.launch.children import Child, ChildDiedError, Children, death_notice
 from asympo_megatron.launch.engines import (
@@ -54,8 +54,10 @@ def run_local(config: Config, say: Callable[[str], None]) -> Path:
     try:
         with _StopSignals() as stop:
             overrides = [] if first is None else [f"model.init={_warm_start(first, say, stop)}"]
-            run_dir.create(config)
-            _run_roles(config, run_dir, prepare_model_dir(config, run_dir.path), say, overrides, stop)
+            with history.proposed(run_dir, config) as changes:
+                for change in changes:
+                    say(f"the configuration of {config.run.name} changed: {change}")
+                _run_roles(config, run_dir, prepare_model_dir(config, run_dir.path), say, overrides, stop)
     finally:
         lock.release()
     return run_dir.path

@@ -3,6 +3,7 @@
 import logging
 import time
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 from asympo_megatron import protocol
@@ -20,10 +21,15 @@ class MetricsRows:
 
     ``step`` counts completed optimizer steps: row 0 is the state before training. An evaluation of weights s is added
     to row s by writing that row again (the last row of a step counts).
+
+    Args:
+        begun: is told the step at which the run goes on, before any row is written.
     """
 
-    def __init__(self, writer: MetricsWriter | None, sinks: list[Sink]) -> None:
-        self._writer, self._sinks = writer, sinks
+    def __init__(
+        self, writer: MetricsWriter | None, sinks: list[Sink], begun: Callable[[int], None] | None = None
+    ) -> None:
+        self._writer, self._sinks, self._begun = writer, sinks, begun
         self._incarnation = 0
         self._recent: dict[int, Row] = {}
         self._started_s = time.time()
@@ -40,6 +46,8 @@ class MetricsRows:
         self._incarnation = incarnation
         if self._writer is None:
             return
+        if self._begun is not None:
+            self._begun(step)
         rows = read_rows(self._writer.path)
         self._incarnation = incarnation or 1 + max((row.get("incarnation", 0) for row in rows), default=0)
         rows = [row for row in rows if row["step"] <= step]

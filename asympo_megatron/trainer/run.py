@@ -2,10 +2,11 @@
 
 import json
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from asympo_megatron.config import Config, RunDir
+from asympo_megatron.config import Config, RunDir, history
 from asympo_megatron.errors import AsympoError, ConfigError, NonFiniteLossError, PreemptedError
 from asympo_megatron.mcore import Checkpoints, Layout, Learner, initialize, shutdown
 from asympo_megatron.metrics import MetricsWriter, open_sinks
@@ -164,11 +165,17 @@ def _transport(config: Config, layout: Layout, run_dir: RunDir, model_dir: Path)
     return SenderTransport(sender)
 
 
+def _begin(config: Config, run_dir: RunDir, step: int) -> None:
+    for change in history.begin(run_dir, config, step):
+        log.warning("the configuration changed: from step %d on %s", step, change)
+
+
 def _rows(config: Config, exchange: Exchange, run_dir: RunDir) -> MetricsRows:
     rows, problem = MetricsRows(None, []), None
     if exchange.rank == 0:
         try:
-            rows = MetricsRows(MetricsWriter(run_dir.metrics), open_sinks(config, run_dir.path))
+            sinks = open_sinks(config, run_dir.path)
+            rows = MetricsRows(MetricsWriter(run_dir.metrics), sinks, partial(_begin, config, run_dir))
         except AsympoError as error:
             problem = error
     exchange.agree(problem)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from synthetic_run import STEPS, write_run
 
-from asympo_megatron.config import RunDir, load_config
+from asympo_megatron.config import RunDir, history, load_config, override_config
 from asympo_megatron.errors import RecordError
 from asympo_megatron.metrics import MetricsWriter, read_rows, write_report
 from asympo_megatron.metrics.report import summary
@@ -247,3 +247,19 @@ def test_a_slow_first_step_does_not_flatten_the_others(tmp_path):
     drawn = write_report(run_dir).read_text().split("Where the trainer&#x27;s time goes")[1]
     first_bar = (slow["time/step_s"] + rows[2]["time/step_s"]) / 2  # 80 steps in 40 bars
     assert f"{first_bar:.1f} s" in drawn
+
+
+def test_a_configuration_that_changed_while_the_run_trained_is_told(tmp_path):
+    """Rows are of the configuration that trained them, whatever the run was started with last."""
+    run_dir = RunDir(write_run(tmp_path, steps=50))
+    config = load_config(run_dir.config)
+    history.begin(run_dir, config, 0)
+    history.begin(run_dir, override_config(config, ["optimizer.lr=0.5"]), 20)
+    history.begin(run_dir, override_config(config, ["objective.name=spo"]), 50)
+    text = " ".join(summary.paragraphs(load_run(run_dir.path)))
+    assert "The configuration changed while the run trained: from step 20 on optimizer.lr 0.0006 -> 0.5." in text
+    assert text.startswith("ASymPO on ")
+    page = write_report(run_dir.path).read_text()
+    assert "<span>ASymPO</span>" in page
+    assert "name: spo\n" not in page
+    assert "configs/step_000020.yaml" in page, "the command repeats what trained"

@@ -27,7 +27,7 @@ def render(run: RunData, sections: Sequence[tuple[str, Sequence[Plot]]], command
     body.append('<h2>Key figures</h2><div class="tables">' + _key_figures(run) + _evaluations(run) + "</div>")
     body.append(f"<h2>Do it again</h2><pre>{escape(command)}</pre>")
     body.append(f"<details><summary>Resolved configuration</summary><pre>{escape(config_yaml)}</pre></details>")
-    body.append("<footer>Drawn from metrics.jsonl and config.yaml of the run directory by <code>asympo report</code>. "
+    body.append("<footer>Drawn from metrics.jsonl and the saved configuration by <code>asympo report</code>. "
                 "Faint lines are single steps, strong lines their moving average.</footer>")  # fmt: skip
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{name}: report</title>'

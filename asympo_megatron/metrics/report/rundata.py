@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from asympo_megatron.config import Config, RunDir, load_config
+from asympo_megatron.config import Config, RunDir, history, load_config
 from asympo_megatron.errors import RecordError
 from asympo_megatron.metrics.jsonl import Row, read_rows
 
@@ -48,7 +48,11 @@ class RunData:
     """A run as its files tell it."""
 
     path: Path
+    config_file: Path
     config: Config
+    """That trained the last row."""
+    changes: Sequence[tuple[int, Sequence[history.Change]]]
+    """Of the configuration: from which step on, and what."""
     rows: Sequence[Row]
     warmup_rows: Sequence[Row]
     parameters: int | None
@@ -90,9 +94,13 @@ def load_run(run_dir: str | Path) -> RunData:
     rows = read_rows(where.metrics)
     if not rows:
         raise RecordError(f"{where.metrics} has no row yet: nothing to report. See {where.logs} for what happened.")
+    steps_done = int(rows[-1]["step"])
+    config_file = history.in_force(where, steps_done) or where.config
     return RunData(
         path=where.path,
-        config=load_config(where.config),
+        config_file=config_file,
+        config=load_config(config_file),
+        changes=history.changes(where, steps_done),
         rows=rows,
         warmup_rows=read_rows(RunDir(where.warmup).metrics),
         parameters=_parameters(where.weights),

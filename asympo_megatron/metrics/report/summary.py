@@ -42,7 +42,7 @@ def layout_line(run: RunData) -> str:
 
 def paragraphs(run: RunData) -> Iterator[str]:
     """The summary: how far, what changed, how stale, where the time went."""
-    yield from filter(None, (_outcome(run), _what_rl_did(run), _staleness(run), _time(run)))
+    yield from filter(None, (_outcome(run), _changes(run), _what_rl_did(run), _staleness(run), _time(run)))
 
 
 def _outcome(run: RunData) -> str:
@@ -69,6 +69,12 @@ def _outcome(run: RunData) -> str:
             f"to {last:.2f} (last {_ENDS})."
         )
     return text
+
+
+def _changes(run: RunData) -> str:
+    parts = (f"from step {step} on {', '.join(map(str, changes))}" for step, changes in run.changes)
+    text = "; ".join(parts)
+    return text and f"The configuration changed while the run trained: {text}. This page names the last one."
 
 
 def _verb(first: float, last: float) -> str:

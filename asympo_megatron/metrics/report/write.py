@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def write_report(run_dir: str | Path) -> Path:
-    """Draw RUN_DIR/report.html from config.yaml and metrics.jsonl (and the warm start's metrics, if there are any).
+    """Draw RUN_DIR/report.html from configuration and metrics.jsonl (and the warm start's metrics, if there are any).
 
     Raises:
         RecordError: not a run directory, or no step has been recorded yet.
@@ -34,5 +34,5 @@ def write_report(run_dir: str | Path) -> Path:
 
 def _command(run: "RunData") -> str:
     """The saved configuration is complete, whatever was typed; the same name would resume the run that is done."""
-    path, again = str(run.path / "config.yaml"), f"run.name={run.config.run.name}-again"
+    path, again = str(run.config_file), f"run.name={run.config.run.name}-again"
     return f"asympo run {shlex.quote(path)} {shlex.quote(again)}"
