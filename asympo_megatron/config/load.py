@@ -1,6 +1,8 @@
 """YAML + dot-list overrides -> a checked :class:`Config`."""
 
+import dataclasses
 import hashlib
+import re
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -45,7 +47,7 @@ def override_config(config: Config, overrides: Sequence[str]) -> Config:
     Raises:
         ConfigError, UnknownNameError: see :func:`load_config`.
     """
-    base, layer = OmegaConf.structured(config), _parse_overrides(overrides)
+    base, layer = _typed(config), _parse_overrides(overrides)
     _check_keys(base, layer, ())
     return _finish(base, layer, "overrides")
 
@@ -54,16 +56,16 @@ def warm_start_config(config: Config) -> Config | None:
     """The run that comes first: this config with ``run.warm_start`` applied, in RUN_DIR/warmup; None without one."""
     if not config.run.warm_start:
         return None
-    base = OmegaConf.structured(config)
+    base = _typed(config)
     layer = _parse_overrides(config.run.warm_start)
     _check_keys(base, layer, ())
     if OmegaConf.select(layer, "objective.name") is not None:
         base.objective.options = {}  # they belong to the objective that is replaced
-    base.run.root = str(Path(config.run.root) / config.run.name)
+    base.run.root = _literal(str(Path(config.run.root) / config.run.name))
     base.run.name = "warmup"
     base.run.warm_start = []
     if config.rollout.journal_dir:
-        base.rollout.journal_dir = str(Path(config.rollout.journal_dir) / "warmup")
+        base.rollout.journal_dir = _literal(str(Path(config.rollout.journal_dir) / "warmup"))
     return _finish(base, layer, "run.warm_start")
 
 
@@ -72,12 +74,12 @@ def save_config(config: Config, path: str | Path) -> None:
     secret = config.rollout.controller_token or config.rollout.engine_api_key
     path = Path(path)
     path.touch(mode=0o600 if secret else 0o644)
-    path.write_text(config_text(config))
+    path.write_text(config_text(config), encoding="utf-8")
 
 
 def config_text(config: Config) -> str:
-    """The resolved configuration as YAML."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    """The resolved configuration as YAML that loads as the same values."""
+    return OmegaConf.to_yaml(OmegaConf.create(_literal(dataclasses.asdict(config))))
 
 
 def data_hash(config: Config) -> str:
@@ -102,6 +104,21 @@ def preset_names() -> list[str]:
     """Names of the presets shipped with the package."""
     folder = resources.files("asympo_megatron.config") / "presets"
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def _typed(config: Config) -> Any:
+    return OmegaConf.merge(OmegaConf.structured(Config), _literal(dataclasses.asdict(config)))
+
+
+def _literal(value: Any) -> Any:
+    """Values for OmegaConf that it gives back as they are: a resolved ``${x}`` is text, no interpolation."""
+    if isinstance(value, dict):
+        return {key: _literal(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_literal(entry) for entry in value]
+    if isinstance(value, str):  # backslashes mean themselves, but before an interpolation
+        return re.sub(r"(\\*)\$\{", r"\1\1\${", value)
+    return value
 
 
 def _finish(base: Any, layer: Any, source: str) -> Config:

@@ -2,7 +2,15 @@
 
 import pytest
 
-from asympo_megatron.config import Config, data_hash, load_config, preset_names, save_config, warm_start_config
+from asympo_megatron.config import (
+    Config,
+    data_hash,
+    load_config,
+    override_config,
+    preset_names,
+    save_config,
+    warm_start_config,
+)
 from asympo_megatron.errors import ConfigError, UnknownNameError
 
 
@@ -80,6 +88,36 @@ def test_no_model_and_bad_files(tmp_path):
 def test_saved_config_loads_to_the_same(tmp_path):
     config = quickstart("run.seed=5", "model.megatron.num_moe_experts=4")
     save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["Write ${x}", "${oc.env:HOME}", "${", "${a b", r"\${x}", r"\\${x}", r"C:\dir\ ${a}\\", r"\\ $ {", "é ${é}"],
+)
+def test_text_that_looks_like_an_interpolation_stays_text(tmp_path, text):
+    """Roles read what was saved, and a warm start inherits it; the sign was resolved when the user's file was read."""
+    config = quickstart()
+    config.task.system_prompt = text
+    config.rollout.engine_args, config.objective.options = [text], {"words": {"more": [text]}}
+    config.run.root = f"runs {text}"
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+    assert override_config(config, []) == config
+    first = warm_start_config(config)
+    assert first is not None
+    assert (first.task.system_prompt, first.run.root) == (text, f"runs {text}/quickstart")
+
+
+def test_interpolations_of_the_user_are_resolved_once_and_saved_as_values(tmp_path, monkeypatch):
+    monkeypatch.setenv("ASYMPO_TOKEN", "sesame ${oc.env:HOME}")
+    config = quickstart(
+        "rollout.controller_token=${oc.env:ASYMPO_TOKEN}", "task.system_prompt='Write \\${x} for ${run.name}'"
+    )
+    assert config.rollout.controller_token == "sesame ${oc.env:HOME}"
+    assert config.task.system_prompt == "Write ${x} for quickstart"
+    save_config(config, tmp_path / "config.yaml")
+    monkeypatch.delenv("ASYMPO_TOKEN")
     assert load_config(tmp_path / "config.yaml") == config
 
 

@@ -4,8 +4,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from omegaconf import OmegaConf
-
+from asympo_megatron.config.load import config_text
 from asympo_megatron.metrics.secrets import without_secrets
 
 if TYPE_CHECKING:
@@ -24,7 +23,7 @@ def write_report(run_dir: str | Path) -> Path:
     from asympo_megatron.metrics.report.rundata import load_run
 
     run = load_run(run_dir)
-    config_yaml = OmegaConf.to_yaml(OmegaConf.structured(without_secrets(run.config)))
+    config_yaml = config_text(without_secrets(run.config))
     page = render(run, draw_sections(run), _command(run), config_yaml)
     path = run.path / "report.html"
     temporary = path.with_suffix(".html.tmp")
