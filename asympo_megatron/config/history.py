@@ -15,7 +15,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from asympo_megatron.config.load import config_text
+from asympo_megatron.config.load import config_text, read_config_text
 from asympo_megatron.config.rundir import RunDir
 from asympo_megatron.config.schema import Config
 
@@ -71,7 +71,7 @@ def begin(run_dir: RunDir, config: Config, step: int) -> list[Change]:
     Returns:
         What differs from the configuration that trained the steps up to here.
     """
-    started_with = _flat(run_dir.config.read_text())
+    started_with = _flat(read_config_text(run_dir.config))
     if {change.key for change in _changes(started_with, _flat(config_text(config)))} - {"model.init"}:
         run_dir.create(config)  # `asympo run` has done it, and names the warm start's checkpoints as model.init
     for start, path in _starts(run_dir):
@@ -92,12 +92,12 @@ def in_force(run_dir: RunDir, step: int = sys.maxsize) -> Path | None:
 
 def changes_since(before: Path, run_dir: RunDir) -> list[Change]:
     """What config.yaml changes of an earlier configuration."""
-    return _changes(_flat(before.read_text()), _flat(run_dir.config.read_text()))
+    return _changes(_flat(read_config_text(before)), _flat(read_config_text(run_dir.config)))
 
 
 def changes(run_dir: RunDir, steps_done: int) -> list[tuple[int, list[Change]]]:
     """From which step on the run trained with what changed; a change after the last step has trained nothing."""
-    kept = [(start, _flat(path.read_text())) for start, path in _starts(run_dir) if start < steps_done]
+    kept = [(start, _flat(read_config_text(path))) for start, path in _starts(run_dir) if start < steps_done]
     found = [(start, _changes(old, new)) for (_, old), (start, new) in pairwise(kept)]
     return [(start, changed) for start, changed in found if changed]
 

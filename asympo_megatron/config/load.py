@@ -138,7 +138,7 @@ def _read(source: str | Path) -> DictConfig:
             raise UnknownNameError("preset (a file name ends in .yaml)", str(source), preset_names())
         text = (resources.files("asympo_megatron.config") / "presets" / f"{source}.yaml").read_text()
     elif path.is_file():
-        text = path.read_text()
+        text = read_config_text(path)
     else:
         raise ConfigError(f"config file {path} does not exist; give a YAML file or a preset: {preset_names()}.")
     try:
@@ -148,6 +148,24 @@ def _read(source: str | Path) -> DictConfig:
     if not isinstance(layer, DictConfig):
         raise ConfigError(f"{source}: expected a mapping of sections at the top level.")
     return layer
+
+
+def read_config_text(path: Path) -> str:
+    """The text of a YAML file.
+
+    Raises:
+        ConfigError: it may not be read, or is no UTF-8 text.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be read ({error.strerror}). A config.yaml with a token or key is for its owner alone."
+        ) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{path} is no UTF-8 text ({error.reason} at byte {error.start}). Save it as UTF-8."
+        ) from error
 
 
 def _parse_overrides(overrides: Sequence[str]) -> DictConfig:

@@ -1,6 +1,7 @@
 """The small commands, and how every command fails."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -70,3 +71,18 @@ def test_no_command_prints_the_usage(capsys):
         main([])
     assert caught.value.code == EXIT_BAD_INPUT
     assert "COMMAND" in capsys.readouterr().err
+
+
+def test_a_report_on_a_run_of_somebody_else_is_refused(tmp_path, capsys, monkeypatch):
+    (tmp_path / "config.yaml").touch()
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n')
+    read_text = Path.read_text
+
+    def refuse(path, *arguments, **keywords):
+        if path.name == "config.yaml":
+            raise PermissionError(13, "Permission denied")
+        return read_text(path, *arguments, **keywords)
+
+    monkeypatch.setattr(Path, "read_text", refuse)  # whoever runs this test may read everything
+    assert main(["report", str(tmp_path)]) == EXIT_BAD_INPUT
+    assert "config.yaml cannot be read (Permission denied)" in capsys.readouterr().err

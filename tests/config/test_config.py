@@ -85,6 +85,20 @@ def test_no_model_and_bad_files(tmp_path):
         load_config(broken)
 
 
+def test_files_that_cannot_be_read_are_named(tmp_path, monkeypatch):
+    latin = tmp_path / "latin.yaml"
+    latin.write_bytes("task: {system_prompt: é}".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"latin\.yaml is no UTF-8 text .*Save it as UTF-8"):
+        load_config(latin)
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(type(tmp_path), "read_text", refuse)  # whoever runs this test may read everything
+    with pytest.raises(ConfigError, match=r"latin\.yaml cannot be read \(Permission denied\).*its owner"):
+        load_config(latin)
+
+
 def test_saved_config_loads_to_the_same(tmp_path):
     config = quickstart("run.seed=5", "model.megatron.num_moe_experts=4")
     save_config(config, tmp_path / "config.yaml")
