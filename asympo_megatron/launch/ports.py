@@ -12,6 +12,21 @@ def free_port(host: str = "127.0.0.1") -> int:
         return int(probe.getsockname()[1])
 
 
+def check_host(host: str, key: str) -> None:
+    """Refuse a host that no role of this machine can listen on.
+
+    Raises:
+        ConfigError: naming the configuration key to change.
+    """
+    try:
+        free_port(host)
+    except OSError as error:
+        raise ConfigError(
+            f"{key} is {host!r}, where nothing on this machine can listen ({error.strerror}). Set it to 127.0.0.1, or "
+            "to another IPv4 address or name of this machine."
+        ) from error
+
+
 def check_port(host: str, port: int, key: str) -> None:
     """Refuse a port that is taken.
 

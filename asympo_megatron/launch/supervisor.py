@@ -22,7 +22,7 @@ from asympo_megatron.launch.engines import (
     trainer_command,
 )
 from asympo_megatron.launch.lock import RunLock
-from asympo_megatron.launch.ports import check_port, free_port
+from asympo_megatron.launch.ports import check_host, check_port, free_port
 from asympo_megatron.launch.sglang import find_python
 from asympo_megatron.metrics import RunConsole
 from asympo_megatron.objectives import build_objective
@@ -67,16 +67,24 @@ def preflight(config: Config) -> None:
     """Refuse what a role would refuse only after another has worked for a while.
 
     Raises:
-        ConfigError: unknown objective or option, a missing model.init, no sglang to start, a port that is taken.
+        ConfigError: unknown objective or option, a missing model.init, no sglang to start, a host or port to listen on
+            that cannot be had.
     """
     build_objective(config.objective.name, **config.objective.options)
     init, rollout = config.model.init, config.rollout
     if init not in ("random", "hf") and not Path(init).is_dir():
         raise ConfigError(f"model.init is {init!r}, which is no directory. Name a checkpoint, or set random or hf.")
-    if rollout.engine == "sglang" and rollout.source == "engines" and not rollout.engine_urls:
-        find_python(rollout.engine_python)
-    if rollout.controller_port and rollout.source != "supervised":
+    if rollout.source == "supervised":
+        return
+    check_host(rollout.controller_host, "rollout.controller_host")
+    if rollout.controller_port:
         check_port(rollout.controller_host, rollout.controller_port, "rollout.controller_port")
+    if rollout.source == "engines" and not rollout.engine_urls:
+        check_host(rollout.engine_host, "rollout.engine_host")
+        if config.sync.deltas:
+            check_host(config.sync.mirror_host, "sync.mirror_host")
+        if rollout.engine == "sglang":
+            find_python(rollout.engine_python)
 
 
 def _warm_start(config: Config, say: Callable[[str], None], stop: "_StopSignals") -> Path:

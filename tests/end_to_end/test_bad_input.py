@@ -21,6 +21,9 @@ from asympo_megatron.records import Group, Response, write_groups
         (["model.hf.model_type=qwen33"], ["qwen33", "qwen3"]),
         (["model.init=/nowhere/at/all", "run.warm_start=[]"], ["/nowhere/at/all", "model.init"]),
         (["run.warm_start=[objective.name=sfd]"], ["sfd", "sft"]),
+        (["rollout.engine_host=192.0.2.1"], ["rollout.engine_host", "192.0.2.1", "Set it to 127.0.0.1"]),
+        (["rollout.controller_host=::1"], ["rollout.controller_host", "'::1'", "IPv4"]),
+        (["sync.deltas=3", "sync.mirror_host=::1"], ["sync.mirror_host", "'::1'", "IPv4"]),
     ],
 )
 def test_asympo_run_refuses_before_anything_starts(tmp_path, capsys, arguments, words):
