@@ -6,6 +6,7 @@ from pathlib import Path
 
 from asympo_megatron.config.load import save_config
 from asympo_megatron.config.schema import Config
+from asympo_megatron.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,30 @@ class RunDir:
     def configs(self) -> Path:
         return self.path / "configs"
 
+    def make(self) -> None:
+        """Make the directory, and see that files can be made in it.
+
+        Raises:
+            ConfigError: the operating system refuses.
+        """
+        probe = self.path / f".probe.{os.getpid()}"
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise ConfigError(
+                f"the run directory {self.path} cannot be written ({error.strerror}). Set run.root to a directory that "
+                "you may write to."
+            ) from error
+
     def create(self, config: Config) -> None:
-        """Make the directory and save the resolved config in it."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        """Make the directory and save the resolved config in it.
+
+        Raises:
+            ConfigError: the operating system refuses.
+        """
+        self.make()
         temporary = self.path / f".config.{os.getpid()}.yaml"
         save_config(config, temporary)
         temporary.replace(self.config)

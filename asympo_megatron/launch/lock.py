@@ -10,7 +10,7 @@ class RunLock:
     """Exclusive lock on a run directory, held as long as the object lives; the kernel frees it with the process."""
 
     def __init__(self, run_dir: RunDir) -> None:
-        run_dir.path.mkdir(parents=True, exist_ok=True)
+        run_dir.make()
         self._file = (run_dir.path / ".lock").open("w")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)

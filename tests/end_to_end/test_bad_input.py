@@ -6,6 +6,8 @@ import socket
 import pytest
 
 from asympo_megatron.cli.main import EXIT_BAD_INPUT, EXIT_FAILED, main
+from asympo_megatron.config import RunDir, load_config
+from asympo_megatron.errors import ConfigError
 from asympo_megatron.records import Group, Response, write_groups
 
 
@@ -61,6 +63,18 @@ def test_a_taken_port_is_named_with_its_key(tmp_path, capsys):
         options = [f"run.root={tmp_path}", "run.warm_start=[]", f"rollout.controller_port={port}"]
         assert main(["run", "quickstart", *options]) == EXIT_BAD_INPUT
     assert "rollout.controller_port" in capsys.readouterr().err
+
+
+def test_a_run_directory_that_cannot_be_written_is_named_with_its_key(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for root in (tmp_path / "file", "/proc"):
+        assert main(["run", "quickstart", f"run.root={root}"]) == EXIT_BAD_INPUT
+        said = capsys.readouterr().err
+        assert f"the run directory {root}/quickstart cannot be written" in said
+        assert "Set run.root" in said
+        config = load_config("quickstart", [f"run.root={root}"])
+        with pytest.raises(ConfigError, match=r"Set run\.root"):  # a trainer alone
+            RunDir.of(config).create(config)
 
 
 def test_an_empty_task_is_refused(tmp_path, capsys):
