@@ -5,7 +5,8 @@ training/{train,gpt_step,forward_step_func_types}.py``, ``training/utils/{train_
 
 Bridge runs Megatron's schedules, with the loss callback of :mod:`asympo_megatron.integrations.megatron_lm`. It
 injects its ``GlobalState`` where the first parameter is called ``state``, and keeps the process groups with the model
-(``pg_collection``). ``model.calculate_per_token_loss=True`` is required, with ``ddp.average_in_collective=False``.
+(``pg_collection``). ``model.calculate_per_token_loss=True`` is required, with ``ddp.average_in_collective=False`` and
+without Megatron's own losses (``model.moe_aux_loss_coeff=0``, no ``moe_z_loss_coeff``, ``mtp_loss_scaling_factor=0``).
 
 What it saves: a training loop of your own needs neither log-probs from the engine nor a pass to compute old ones.
 """
@@ -22,7 +23,7 @@ from asympo_megatron.batch import ResponseBatch
 from asympo_megatron.integrations.megatron_lm import (
     make_loss_func,
     megatron_groups,
-    require_per_token_loss,
+    require_exact_count,
     split_batch,
 )
 from asympo_megatron.objectives import Objective
@@ -64,9 +65,9 @@ class ForwardStep:
         """(output of the model, loss callback) of one micro-batch.
 
         Raises:
-            ConfigError: ``model.calculate_per_token_loss`` is off.
+            ConfigError: ``model.calculate_per_token_loss`` is off, or a loss of Megatron's own is on.
         """
-        require_per_token_loss(model)
+        require_exact_count(model, self._objective)
         if self._get_batch is None:
             inputs, responses = split_batch(next(data_iterator))
         else:

@@ -6,7 +6,8 @@ Checked against Megatron-LM d98e8a6 of 2026-08-22 (core 0.20.0 in development; `
 ``make_loss_func`` gives the loss callback alone, for anybody's ``forward_backward_func``. It returns Megatron's
 3-tuple: the sum over local tokens, what this rank adds to N, and figures as [total, count], which ``training.py`` sums
 over micro-batches and DP x CP and then divides. Without ``--calculate-per-token-loss`` Megatron divides each
-micro-batch by its local count instead: that is refused.
+micro-batch by its local count instead: that is refused. So are Megatron's own losses (load balancing, router z-loss,
+multi-token prediction) beside an objective divided by responses: they are scaled for a division by tokens.
 
 The NLL is what the model returns for ``labels``: at temperature 1. If responses were sampled at another temperature,
 compute the NLL from logits / temperature and call the loss function with it.
@@ -40,6 +41,14 @@ _INPUTS = {
     "packed_seq_params": "packed_seq_params",
 }
 """Keys of a batch and the arguments of ``GPTModel.forward`` that they become."""
+
+_TIMES_TOKENS = {
+    "num_moe_experts": ("moe_aux_loss_coeff", "moe_z_loss_coeff"),
+    "mtp_num_layers": ("mtp_loss_scaling_factor",),
+    "experimental_attention_variant": ("dsa_indexer_loss_coeff",),
+}
+"""Parts of a model, and the coefficients of losses that ``TopKRouter``, multi-token prediction and sparse attention
+multiply by local tokens under ``calculate_per_token_loss``: ``finalize_model_grads`` is to divide them by tokens."""
 
 
 def make_loss_func(objective: Objective, groups: ParallelGroups) -> LossFunc:
@@ -95,21 +104,34 @@ def make_forward_step(
     """
 
     def forward_step(data_iterator: Iterator[Any], model: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
-        require_per_token_loss(model)
+        require_exact_count(model, objective)
         inputs, responses = split_batch(next(data_iterator)) if get_batch is None else get_batch(data_iterator)
         return model(**inputs), partial(make_loss_func(objective, groups()), responses)
 
     return forward_step
 
 
-def require_per_token_loss(model: Any) -> None:
-    """Refuse the setting under which Megatron divides every micro-batch by its local count.
+def require_exact_count(model: Any, objective: Objective) -> None:
+    """Refuse settings under which a division by our count scales some term wrongly.
 
     Raises:
-        ConfigError: ``calculate_per_token_loss`` is off.
+        ConfigError: ``calculate_per_token_loss`` is off, or a loss of Megatron's own is on beside an objective that is
+            not divided by tokens.
     """
-    if not get_model_config(model).calculate_per_token_loss:
+    config = get_model_config(model)
+    if not config.calculate_per_token_loss:
         raise ConfigError(
             "calculate_per_token_loss is False: Megatron would divide each micro-batch by its local count, not by N. "
             "Pass --calculate-per-token-loss, or set it in the model's TransformerConfig."
         )
+    if objective.normalizer == "tokens":
+        return  # the divisor that Megatron's own losses are made for
+    for part, coefficients in _TIMES_TOKENS.items():
+        for name in coefficients if getattr(config, part) else ():
+            value = getattr(config, name)
+            if any(value) if isinstance(value, list) else value:
+                raise ConfigError(
+                    f"{name} is {value}: Megatron multiplies this loss by the tokens of a micro-batch, to divide it by "
+                    f"all tokens; objective {objective.name!r} is divided by responses, so the loss would grow by the "
+                    f"tokens of a response. Set {name}=0. (The routers of `asympo train` keep both losses of theirs.)"
+                )

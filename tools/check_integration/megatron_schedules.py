@@ -64,7 +64,12 @@ class ScoredLogits(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.config = Namespace(
-            calculate_per_token_loss=True, timers=None, num_moe_experts=None, mtp_num_layers=None, grad_scale_func=None
+            calculate_per_token_loss=True,
+            timers=None,
+            num_moe_experts=None,
+            mtp_num_layers=None,
+            experimental_attention_variant=None,
+            grad_scale_func=None,
         )
 
     def forward(self, part: ParityBatch, logits_PV: Tensor) -> Tensor:
