@@ -114,9 +114,11 @@ def objective_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """(sum over this rank's tokens, figures): the framework adds up ranks and micro-batches and divides once."""
     out = objective(token_nll_T, responses, groups=groups)
-    # A rank without response tokens must still run the backward pass of the model. An empty slice has gradient 0 even
-    # where padded vocabulary holds -inf.
-    loss = out.loss_sum + logits[..., :0].sum()
+    loss = out.loss_sum
+    if token_nll_T.numel() == 0:
+        # A rank without response tokens must still run the backward pass of the model. An empty slice has gradient 0
+        # even where padded vocabulary holds -inf; elsewhere that dense 0 would cost as much memory as the logits.
+        loss = loss + logits[..., :0].sum()
     figures = {"loss": loss.detach()}
     if objective.normalizer != "tokens":
         per_response = ("J", "abs_advantage_nll_pos", "abs_advantage_nll_neg", "zero_advantage_fraction")

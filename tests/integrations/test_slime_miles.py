@@ -11,8 +11,11 @@ import recorded_context_parallel as recorded
 import torch
 from parity import CASES, assert_same_gradient, core_gradient, make_batch
 
+from asympo_megatron.batch import ResponseBatch
 from asympo_megatron.errors import BatchError, ConfigError
+from asympo_megatron.integrations import cp_local
 from asympo_megatron.objectives import build_objective
+from asympo_megatron.parallel import ParallelGroups
 from asympo_megatron.testing.distributed import run_distributed, run_threads
 
 sys.path.append(str(Path(__file__).parents[2] / "tools" / "check_integration"))
@@ -78,6 +81,33 @@ def test_sums_of_one_rank_alone_are_caught(adapter, monkeypatch):
     got = run_threads(rank_gradient, 2, name, 2, "asympo", {"contiguous": False})[0]
     with pytest.raises(AssertionError, match="relative error"):
         assert_same_gradient(got, want, make_batch())
+
+
+def consumers(loss, tensor):
+    """How many operations of the graph behind ``loss`` send a gradient to ``tensor``."""
+    found, seen, nodes = 0, set(), [loss.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        following = [function for function, _ in node.next_functions]
+        found += following.count(tensor.grad_fn)
+        nodes += following
+    return found
+
+
+@pytest.mark.parametrize("tokens", [3, 0])
+def test_only_a_rank_without_response_tokens_adds_a_zero_of_the_logits_size(tokens):
+    leaf = torch.randn(1, 4, 5, requires_grad=True)
+    logits = leaf + torch.tensor([0.0, 0.0, 0.0, 0.0, -torch.inf])  # the vocabulary is padded
+    scored = torch.log_softmax(logits[0, :tokens], -1)[:, 0] if tokens else torch.zeros(0)
+    batch = ResponseBatch(torch.zeros(tokens, dtype=torch.int64), torch.ones(1), torch.tensor([3]))
+    loss, _ = cp_local.objective_loss(build_objective("asympo"), -scored, batch, ParallelGroups.single(), logits)
+    assert consumers(loss, logits) == 1
+    loss.backward()
+    assert leaf.grad.isfinite().all()
+    assert bool(leaf.grad.any()) == bool(tokens)
 
 
 FLAGS = [
