@@ -23,8 +23,8 @@ from asympo_megatron.batch import ResponseBatch
 from asympo_megatron.integrations.megatron_lm import (
     make_loss_func,
     megatron_groups,
+    next_batch,
     require_exact_count,
-    split_batch,
 )
 from asympo_megatron.objectives import Objective
 from asympo_megatron.parallel import ParallelGroups
@@ -51,7 +51,7 @@ class ForwardStep:
 
     Args:
         objective: what :func:`asympo_megatron.build_objective` returned.
-        get_batch: (model arguments, responses) of the next micro-batch; default: ``split_batch`` of the next item.
+        get_batch: (model arguments, responses) of the next micro-batch; default: ``megatron_lm.next_batch``.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class ForwardStep:
         """
         require_exact_count(model, self._objective)
         if self._get_batch is None:
-            inputs, responses = split_batch(next(data_iterator))
+            inputs, responses = next_batch(data_iterator, model)
         else:
             inputs, responses = self._get_batch(data_iterator)
         return model(**inputs), partial(make_loss_func(self._objective, model_groups(model)), responses)

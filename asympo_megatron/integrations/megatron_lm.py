@@ -15,10 +15,13 @@ compute the NLL from logits / temperature and call the loss function with it.
 What it saves: a training loop of your own needs neither log-probs from the engine nor a pass to compute old ones.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.utils import get_model_config
 from torch import Tensor
 
@@ -29,7 +32,7 @@ from asympo_megatron.mcore.loss import loss_terms
 from asympo_megatron.objectives import Objective
 from asympo_megatron.parallel import ParallelGroups
 
-__all__ = ["make_forward_step", "make_loss_func", "megatron_groups", "split_batch"]
+__all__ = ["make_forward_step", "make_loss_func", "megatron_groups", "next_batch", "split_batch"]
 
 LossFunc = Callable[[ResponseBatch, Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
 
@@ -71,23 +74,58 @@ def make_loss_func(objective: Objective, groups: ParallelGroups) -> LossFunc:
     return loss_func
 
 
-def split_batch(batch: Mapping[str, Any]) -> tuple[dict[str, Any], ResponseBatch]:
+def split_batch(batch: Mapping[str, Any], device: torch.device | None = None) -> tuple[dict[str, Any], ResponseBatch]:
     """Arguments of the model and the batch of the objective.
 
     Args:
         batch: ``tokens``, ``labels`` and ``response_ids`` of one shape (this rank's tokens, ``labels`` shifted before
             any context-parallel split), ``advantages`` [R], ``token_counts`` [R] of whole responses; optional
-            ``position_ids``, ``attention_mask``, ``packed_seq_params``.
+            ``position_ids``, ``attention_mask``, ``packed_seq_params``. Or one such item behind the leading axis that
+            a collating loader adds.
+        device: where all of it is to go; None leaves it where it is.
 
     Raises:
-        BatchError: a key is missing.
+        BatchError: a key is missing, or a loader has put several items into one micro-batch.
     """
     wanted = ("tokens", "labels", "response_ids", "advantages", "token_counts")
     missing = [key for key in wanted if key not in batch]
     if missing:
         raise BatchError(f"the batch has no {', '.join(missing)}; it holds {', '.join(sorted(batch))}.")
-    inputs = {argument: batch.get(key) for key, argument in _INPUTS.items()}
-    return inputs, ResponseBatch(batch["response_ids"].flatten(), batch["advantages"], batch["token_counts"])
+    moved = {key: _to(value, device) for key, value in batch.items()}
+    inputs = {argument: moved.get(key) for key, argument in _INPUTS.items()}
+    advantage_R, token_count_R = moved["advantages"], moved["token_counts"]
+    if advantage_R.dim() == 2:
+        if len(advantage_R) != 1:
+            raise BatchError(
+                f"advantages has shape {tuple(advantage_R.shape)}: the loader put {len(advantage_R)} items into one "
+                "micro-batch, and their response ids would collide. Set --micro-batch-size 1: an item is a micro-batch."
+            )
+        advantage_R, token_count_R = advantage_R[0], token_count_R[0]
+    return inputs, ResponseBatch(moved["response_ids"].flatten(), advantage_R, token_count_R)
+
+
+def next_batch(data_iterator: Iterator[Any] | None, model: torch.nn.Module) -> tuple[dict[str, Any], ResponseBatch]:
+    """:func:`split_batch` of the next item, on the device of the model.
+
+    Raises:
+        BatchError: this rank has no iterator, or see :func:`split_batch`.
+    """
+    if data_iterator is None:
+        raise BatchError(
+            "this rank has no data iterator: Megatron-LM makes loaders on the first tensor-parallel rank only, unless "
+            "the function that provides the data sets has the attribute is_distributed = True. Set it."
+        )
+    return split_batch(next(data_iterator), next(model.parameters()).device)
+
+
+def _to(value: Any, device: torch.device | None) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, PackedSeqParams):
+        moved = copy.copy(value)
+        vars(moved).update({name: _to(part, device) for name, part in vars(value).items()})
+        return moved
+    return value
 
 
 def make_forward_step(
@@ -100,12 +138,12 @@ def make_forward_step(
     Args:
         objective: what :func:`asympo_megatron.build_objective` returned.
         groups: called at every step, as Megatron initialises its groups only inside ``pretrain``.
-        get_batch: (model arguments, responses) of the next micro-batch; default: :func:`split_batch` of the next item.
+        get_batch: (model arguments, responses) of the next micro-batch; default: :func:`next_batch`.
     """
 
     def forward_step(data_iterator: Iterator[Any], model: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
         require_exact_count(model, objective)
-        inputs, responses = split_batch(next(data_iterator)) if get_batch is None else get_batch(data_iterator)
+        inputs, responses = get_batch(data_iterator) if get_batch else next_batch(data_iterator, model)
         return model(**inputs), partial(make_loss_func(objective, groups()), responses)
 
     return forward_step
