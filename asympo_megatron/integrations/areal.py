@@ -47,12 +47,13 @@ _OFF = {
     "m2_threshold": None,
     "rejection_sampling": None,
     "adv_norm": None,
+    "mask_no_eos_with_zero": False,
     "kl_ctl": 0.0,
     "discount": 1.0,
     "gae_lambda": 1.0,
 }
-"""Settings that cost a forward pass nobody reads, that this loss has no term for, or that give the tokens of one
-response different advantages; with the value that is needed."""
+"""Settings that cost a forward pass nobody reads, that this loss has no term for, that give the tokens of one response
+different advantages, or that set centred rewards to 0; with the value that is needed."""
 
 
 @dataclass
@@ -76,10 +77,11 @@ class AsympoPPOActor(PPOActor):
 
     def __init__(self, config: AsympoActorConfig, engine: Any) -> None:
         require_off(config, _OFF, "actor.")
-        if config.reward_norm is None or config.reward_norm.mean_level is None:
+        norm = config.reward_norm
+        if norm is None or norm.mean_level != "group" or norm.group_size < 2:
             raise ConfigError(
-                "rewards are not centred, so the advantages of a group do not sum to zero. Set "
-                "actor.reward_norm.mean_level=group and actor.reward_norm.group_size."
+                f"actor.reward_norm is {norm}: the advantages of a group do not sum to zero. Set "
+                "actor.reward_norm.mean_level=group and actor.reward_norm.group_size=gconfig.n_samples, 2 or more."
             )
         self.objective = build_objective(config.objective, **config.objective_options)
         require_no_behavior_data(self.objective)

@@ -123,7 +123,9 @@ def skyrl_modules():
 def areal_modules():
     @dataclass
     class NormConfig:
-        mean_level: str | None = "group"
+        mean_level: str | None = "batch"
+        std_level: str | None = "batch"
+        group_size: int = 1
 
     @dataclass
     class PPOActorConfig:
@@ -134,6 +136,7 @@ def areal_modules():
         rejection_sampling: object = None
         adv_norm: object = None
         reward_norm: NormConfig | None = None
+        mask_no_eos_with_zero: bool = False
         kl_ctl: float = 0.1
         discount: float = 1.0
         gae_lambda: float = 1.0

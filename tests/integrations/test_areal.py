@@ -1,5 +1,6 @@
 """AReaL: the recorded contract, and (slow) the real package."""
 
+import dataclasses
 import sys
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
@@ -16,7 +17,7 @@ from asympo_megatron.errors import BatchError, ConfigError, IntegrationError
 from asympo_megatron.objectives import build_objective
 
 PARTS = pytest.mark.parametrize("microbatches", [ONE, TWO, UNEVEN], ids=["one", "two", "uneven"])
-CENTRED = SimpleNamespace(mean_level="group")
+CENTRED = SimpleNamespace(mean_level="group", group_size=4)
 
 
 @pytest.fixture
@@ -63,7 +64,13 @@ def test_a_weight_by_tokens_would_be_noticed(areal):
         ({"kl_ctl": 0.1}, "actor.kl_ctl=0.0"),
         ({"adv_norm": CENTRED}, "actor.adv_norm=None"),
         ({"reward_norm": None}, "actor.reward_norm.mean_level=group"),
-        ({"reward_norm": SimpleNamespace(mean_level=None)}, "actor.reward_norm.mean_level=group"),
+        ({"reward_norm": SimpleNamespace(mean_level=None, group_size=4)}, "actor.reward_norm.mean_level=group"),
+        ({"reward_norm": SimpleNamespace(mean_level="batch", group_size=4)}, "actor.reward_norm.mean_level=group"),
+        (
+            {"reward_norm": SimpleNamespace(mean_level="group", group_size=1)},
+            "actor.reward_norm.group_size=gconfig.n_samples",
+        ),
+        ({"mask_no_eos_with_zero": True}, "actor.mask_no_eos_with_zero=False"),
         ({"objective": "grpo"}, "needs behavior_logprob_T"),
     ],
 )
@@ -131,6 +138,9 @@ class TestRealAReaL:
             ppo_n_minibatches=1,
             reward_norm=NormConfig(mean_level="group", std_level=None, group_size=4),
         )
+        for change in ({"reward_norm": NormConfig()}, {"mask_no_eos_with_zero": True}):
+            with pytest.raises(ConfigError):
+                areal.AsympoPPOActor(dataclasses.replace(config, **change), None)
         batch = make_batch()
         process = FakeProcess(batch, microbatches)
         for method in ("train", "get_version", "train_batch"):
