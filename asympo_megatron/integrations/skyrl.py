@@ -25,11 +25,12 @@ import torch
 from torch import Tensor
 
 from asympo_megatron.errors import ConfigError, IntegrationError
-from asympo_megatron.integrations.padded import padded_token_loss, require_no_behavior_data
+from asympo_megatron.integrations.padded import padded_token_loss, require_no_behavior_data, require_off
 from asympo_megatron.objectives import SPO, ASymPO, Objective
 
 try:
     from skyrl.backends.skyrl_train.utils import ppo_utils
+    from skyrl.backends.skyrl_train.utils.off_policy_correction_utils import off_policy_correction_enabled
 except ImportError as error:
     raise IntegrationError(f"skyrl has no policy losses where 0.3.0 has them: {error}. Install 0.3.0.") from error
 
@@ -49,7 +50,7 @@ def policy_loss(
     """The objective as a SkyRL policy loss: a sum whose divisor is already in ``advantages``.
 
     Raises:
-        ConfigError: another loss reduction, or an off-policy correction.
+        ConfigError: another loss reduction, whitened advantages, or an off-policy correction.
         BatchError: advantages that differ inside a response.
     """
     if config.loss_reduction != _REDUCTION:
@@ -57,10 +58,11 @@ def policy_loss(
             f"trainer.algorithm.loss_reduction is {config.loss_reduction!r}, which divides by tokens and undoes the "
             f"balance between responses. Set trainer.algorithm.loss_reduction={_REDUCTION}."
         )
-    correction = config.off_policy_correction
-    if correction.tis_ratio_type is not None or correction.sequence_mask_metric is not None:
+    require_off(config, {"advantage_batch_normalize": False}, "trainer.algorithm.")
+    if off_policy_correction_enabled(config.off_policy_correction):
         raise ConfigError(
-            f"{objective.name} takes no importance weights. Unset trainer.algorithm.off_policy_correction."
+            f"{objective.name} takes no importance weights, and no masks by them. Unset every ratio, metric and "
+            "threshold of trainer.algorithm.off_policy_correction."
         )
     mask_RL = torch.ones_like(log_probs) if loss_mask is None else loss_mask
     # Undoes / (N T_i): what is left is A_i / N.
@@ -120,8 +122,9 @@ def _run(cfg: Any) -> None:
 
 
 def skip_policy_forward(trainer: Any, training_input: Any) -> bool:
-    """Whether nothing reads the old log-probs: no KL in the reward (our loss refuses off-policy corrections)."""
-    return not trainer.cfg.trainer.algorithm.use_kl_in_reward
+    """Whether nothing reads the old log-probs: no KL in the reward, no correction (which our loss refuses)."""
+    algorithm = trainer.cfg.trainer.algorithm
+    return not algorithm.use_kl_in_reward and not off_policy_correction_enabled(algorithm.off_policy_correction)
 
 
 def _check_hook() -> None:

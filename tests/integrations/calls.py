@@ -118,6 +118,24 @@ def packed_logprob(part, logprob_P):
     return torch.linspace(-9, -1, total).index_put((part.scoring_index_P,), logprob_P)
 
 
-def correction_off():
-    """SkyRL's ``off_policy_correction`` section at its defaults."""
-    return SimpleNamespace(tis_ratio_type=None, sequence_mask_metric=None)
+def correction(**changes):
+    """SkyRL's ``off_policy_correction`` section, at its defaults but for ``changes``."""
+    names = (
+        "tis_ratio_type",
+        "sequence_mask_metric",
+        "outlier_token_is_threshold_low",
+        "outlier_token_is_threshold_high",
+        "token_mask_is_threshold_low",
+        "token_mask_is_threshold_high",
+    )
+    return SimpleNamespace(**{**dict.fromkeys(names), **changes})
+
+
+CORRECTIONS = [
+    {"tis_ratio_type": "token"},
+    {"sequence_mask_metric": "product"},
+    {"outlier_token_is_threshold_low": 1e-4},
+    {"outlier_token_is_threshold_high": 100.0},
+    {"token_mask_is_threshold_low": 0.5, "token_mask_is_threshold_high": 2.0},
+]
+"""What switches SkyRL's off-policy correction on."""

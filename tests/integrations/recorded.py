@@ -110,6 +110,12 @@ def skyrl_modules():
         assert loss_reduction == "token_mean"
         return advantages / loss_mask.sum().clamp(min=1)
 
+    def off_policy_correction_enabled(section):
+        outlier = section.outlier_token_is_threshold_low, section.outlier_token_is_threshold_high
+        token = section.token_mask_is_threshold_low, section.token_mask_is_threshold_high
+        one_is_enough = (section.tis_ratio_type, section.sequence_mask_metric, *outlier)
+        return any(value is not None for value in one_is_enough) or None not in token
+
     utils = {
         "PolicyLossRegistry": PolicyLossRegistry,
         "ppo_policy_loss": ppo_policy_loss,
@@ -117,7 +123,13 @@ def skyrl_modules():
         "repopulate_all_registries": lambda: None,
     }
     remote = lambda **_: lambda function: SimpleNamespace(remote=function)  # noqa: E731
-    return {"skyrl.backends.skyrl_train.utils.ppo_utils": utils, "ray": {"remote": remote}}
+    folder = "skyrl.backends.skyrl_train.utils"
+    correction = {"off_policy_correction_enabled": off_policy_correction_enabled}
+    return {
+        f"{folder}.ppo_utils": utils,
+        f"{folder}.off_policy_correction_utils": correction,
+        "ray": {"remote": remote},
+    }
 
 
 def areal_modules():

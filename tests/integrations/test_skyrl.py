@@ -1,5 +1,6 @@
 """SkyRL: the recorded contract, and (slow) the real package."""
 
+import dataclasses
 import sys
 import typing
 from importlib.util import find_spec
@@ -8,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import typing_extensions
-from calls import ONE, TWO, UNEVEN, check_gradient, correction_off, skyrl_gradient, spread
+from calls import CORRECTIONS, ONE, TWO, UNEVEN, check_gradient, correction, skyrl_gradient, spread
 from parity import CASES, make_batch
 from recorded import load_adapter, skyrl_modules
 
@@ -25,7 +26,13 @@ def skyrl(monkeypatch):
 
 
 def algorithm(**changes):
-    return SimpleNamespace(**{"loss_reduction": "sequence_mean", "off_policy_correction": correction_off(), **changes})
+    defaults = {
+        "loss_reduction": "sequence_mean",
+        "off_policy_correction": correction(),
+        "advantage_batch_normalize": False,
+        "use_kl_in_reward": False,
+    }
+    return SimpleNamespace(**{**defaults, **changes})
 
 
 @PARTS
@@ -68,9 +75,11 @@ def test_what_cannot_be_right_is_refused(skyrl):
     call(algorithm(), spread(batch))
     with pytest.raises(ConfigError, match="loss_reduction=sequence_mean"):
         call(algorithm(loss_reduction="token_mean"), spread(batch))
-    correction = SimpleNamespace(tis_ratio_type="token", sequence_mask_metric=None)
-    with pytest.raises(ConfigError, match="off_policy_correction"):
-        call(algorithm(off_policy_correction=correction), spread(batch))
+    for change in CORRECTIONS:
+        with pytest.raises(ConfigError, match="off_policy_correction"):
+            call(algorithm(off_policy_correction=correction(**change)), spread(batch))
+    with pytest.raises(ConfigError, match=r"Set trainer\.algorithm\.advantage_batch_normalize=False"):
+        call(algorithm(advantage_batch_normalize=True), spread(batch))
     with pytest.raises(BatchError, match="differ between the tokens"):
         call(algorithm(), torch.randn(12, 12))
 
@@ -90,12 +99,14 @@ def test_a_missing_hook_is_loud(monkeypatch):
         load_adapter(monkeypatch, "skyrl", {"ray": skyrl_modules()["ray"], "skyrl.backends.skyrl_train.utils": {}})
 
 
-def test_the_old_log_prob_pass_is_skipped_unless_a_kl_reward_reads_it(skyrl):
-    def trainer(**settings):
-        return SimpleNamespace(cfg=SimpleNamespace(trainer=SimpleNamespace(algorithm=SimpleNamespace(**settings))))
+def test_the_old_log_prob_pass_is_skipped_unless_something_reads_it(skyrl):
+    def skips(**settings):
+        trainer = SimpleNamespace(algorithm=algorithm(**settings))
+        return skyrl.skip_policy_forward(SimpleNamespace(cfg=SimpleNamespace(trainer=trainer)), None)
 
-    assert skyrl.skip_policy_forward(trainer(use_kl_in_reward=False), None)
-    assert not skyrl.skip_policy_forward(trainer(use_kl_in_reward=True), None)
+    assert skips()
+    assert not skips(use_kl_in_reward=True)
+    assert not any(skips(off_policy_correction=correction(**change)) for change in CORRECTIONS)
 
 
 @pytest.mark.slow
@@ -112,6 +123,7 @@ class TestRealSkyRL:
     def test_the_registry_s_loss_has_the_core_s_gradient(self, name, microbatches):
         from skyrl.backends.skyrl_train.utils import ppo_utils
         from skyrl.train.config import AlgorithmConfig
+        from skyrl.train.config.config import OffPolicyCorrectionConfig
 
         from asympo_megatron.integrations import skyrl
 
@@ -122,9 +134,11 @@ class TestRealSkyRL:
         policy_loss = ppo_utils.PolicyLossRegistry.get(NAMES[name])
         divide = ppo_utils.apply_loss_reduction_to_advantages_minibatch
         check_gradient(skyrl_gradient(policy_loss, config, divide, batch, microbatches), name, batch)
-        config.loss_reduction = "token_mean"
-        with pytest.raises(ConfigError, match="sequence_mean"):
-            skyrl_gradient(policy_loss, config, divide, batch, microbatches)
+        changes = [{"loss_reduction": "token_mean"}, {"advantage_batch_normalize": True}]
+        changes += [{"off_policy_correction": OffPolicyCorrectionConfig(**change)} for change in CORRECTIONS]
+        for change in changes:
+            with pytest.raises(ConfigError):
+                skyrl_gradient(policy_loss, dataclasses.replace(config, **change), divide, batch, microbatches)
 
     def test_the_loss_reaches_ray_workers(self):
         """What SkyRL's registry does with a function: cloudpickle to the actor and back."""
