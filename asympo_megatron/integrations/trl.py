@@ -68,6 +68,11 @@ class AsympoGRPOTrainer(GRPOTrainer):
         self.objective = ASymPO() if objective is None else objective
         require_no_behavior_data(self.objective)
         require_off(self.args, _OFF)
+        if hasattr(self, "compute_liger_loss") and self.args.use_liger_kernel:
+            raise ConfigError(
+                "use_liger_kernel is True: this version of trl would compute Liger's GRPO loss, not the objective. "
+                "Set use_liger_kernel=False, or install trl 1.16.0, where it exchanges layers alone."
+            )
         if self.args.use_vllm and self.args.vllm_importance_sampling_correction:
             raise ConfigError(
                 "vllm_importance_sampling_correction costs a forward pass whose result this loss does not read. Set "

@@ -326,6 +326,7 @@ def trl_args(**changes):
         "entropy_coef": 0.0,
         "use_adaptive_entropy": False,
         "off_policy_mask_threshold": None,
+        "use_liger_kernel": False,
         "use_vllm": False,
         "vllm_importance_sampling_correction": True,
         "token_budget": None,

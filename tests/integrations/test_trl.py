@@ -65,6 +65,18 @@ def test_grpo_names_the_flag_it_cannot_have(trl, change, message):
         trl.AsympoGRPOTrainer(trl_args(**change))
 
 
+def test_liger_is_refused_where_it_replaces_the_loss(monkeypatch):
+    """``compute_loss`` of 1.10 calls ``compute_liger_loss`` in the place of ``_compute_loss``; 1.16.0 has none."""
+    modules = trl_modules()
+    liger = trl_args(use_liger_kernel=True)
+    load_adapter(monkeypatch, "trl", modules).AsympoGRPOTrainer(liger)
+    modules["trl"]["GRPOTrainer"].compute_liger_loss = lambda *_: None
+    trl = load_adapter(monkeypatch, "trl", modules)
+    trl.AsympoGRPOTrainer(trl_args())
+    with pytest.raises(ConfigError, match="Set use_liger_kernel=False"):
+        trl.AsympoGRPOTrainer(liger)
+
+
 def test_an_objective_with_behavior_data_is_refused(trl, trl_async):
     for trainer in (trl.AsympoGRPOTrainer, trl_async.AsympoAsyncGRPOTrainer):
         with pytest.raises(ConfigError, match="'grpo' needs behavior_logprob_T"):

@@ -118,6 +118,7 @@ def test_grpo_trainer(policy, tmp_path, monkeypatch):
 
     from asympo_megatron.integrations.trl import AsympoGRPOTrainer
 
+    assert not hasattr(AsympoGRPOTrainer, "compute_liger_loss"), "use_liger_kernel replaces the loss"
     path, tokenizer = policy
 
     def first_letters(completions, **_):
