@@ -141,7 +141,8 @@ def asympo_loss(
     if input_data.get("teacher_logp") is not None:
         raise BatchError("the micro-batch has teacher log-probs; this loss has no distillation term. Unset teacher.")
     length_R = boundaries.diff().long()
-    row_T = torch.repeat_interleave(torch.arange(len(length_R), device=mask_T.device), length_R)
+    row_R = torch.arange(len(length_R), device=mask_T.device)
+    row_T = torch.repeat_interleave(row_R, length_R, output_size=mask_T.numel())  # or the host waits for the lengths
     batch = gather_responses(input_data["advantages"], torch.where(mask_T, row_T, UNTRAINED), len(length_R))
     out = objective(-logprobs, batch)
     stats_tracker.denominator(n_valid_tokens=mask_T)

@@ -92,9 +92,8 @@ def gather_batch(
             "the batch has no advantages. With --disable-compute-advantages-and-returns they come from "
             "--rollout-data-postprocess-path asympo_megatron.integrations.slime.fill_advantages."
         )
-    length_R = torch.tensor([part.numel() for part in log_probs], device=log_probs[0].device)
-    row_T = torch.repeat_interleave(torch.arange(len(log_probs), device=length_R.device), length_R)
-    ids_T = torch.where(torch.cat(list(local_masks)) > 0, row_T, UNTRAINED)
+    # Row numbers are filled in on the device: lengths copied there would be waited for.
+    ids_T = torch.cat([torch.where(mask > 0, row, UNTRAINED) for row, mask in enumerate(local_masks)])
     extra: dict[str, Any] = {}
     for name in needs:
         if not batch.get(_SOURCES[name]):

@@ -3,7 +3,7 @@
 Axis suffixes: R responses of the micro-batch, L padded response positions, T = R x L flattened.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -59,7 +59,7 @@ def require_off(section: Any, off: Mapping[str, Any], prefix: str = "") -> None:
 
 def padded_token_loss(
     objective: Objective, logprob_RL: Tensor, mask_RL: Tensor, advantage: Tensor
-) -> tuple[Tensor, dict[str, float]]:
+) -> tuple[Tensor, Mapping[str, Stat]]:
     """Each token's term of the loss; their sum over all responses, divided by N, is the objective.
 
     Args:
@@ -69,7 +69,8 @@ def padded_token_loss(
         advantage: [R], or [R, L] with one value a response.
 
     Returns:
-        weight x NLL [R, L], exactly 0 at untrained tokens, and means over the responses of this micro-batch.
+        weight x NLL [R, L], exactly 0 at untrained tokens, and the objective's statistics, which stay on the device:
+        :func:`figures` makes numbers of them, for frameworks that log some at every micro-batch.
 
     Raises:
         BatchError: the tokens of a response differ in their advantage.
@@ -82,9 +83,9 @@ def padded_token_loss(
     with torch.no_grad():
         weight_T, stats = objective.weigh(token_nll_T.detach(), batch)
         weight_T = torch.where(ids_T >= 0, weight_T, 0.0)
-    return (weight_T * token_nll_T).view_as(logprob_RL), figures(stats)
+    return (weight_T * token_nll_T).view_as(logprob_RL), stats
 
 
-def figures(stats: Mapping[str, Stat]) -> dict[str, float]:
-    """Those of ``FIGURES`` that the objective reports, as numbers: one copy from the device."""
-    return reduce_stats({name: stats[name] for name in FIGURES if name in stats}, None)
+def figures(stats: Mapping[str, Stat], names: Sequence[str] = FIGURES) -> dict[str, float]:
+    """Those of ``names`` that the objective reports, as numbers: one copy from the device, which waits for it."""
+    return reduce_stats({name: stats[name] for name in names if name in stats}, None)

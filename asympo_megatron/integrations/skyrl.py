@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from asympo_megatron.errors import ConfigError, IntegrationError
-from asympo_megatron.integrations.padded import padded_token_loss, require_no_behavior_data, require_off
+from asympo_megatron.integrations.padded import figures, padded_token_loss, require_no_behavior_data, require_off
 from asympo_megatron.objectives import SPO, ASymPO, Objective
 
 try:
@@ -67,8 +67,8 @@ def policy_loss(
     mask_RL = torch.ones_like(log_probs) if loss_mask is None else loss_mask
     # Undoes / (N T_i): what is left is A_i / N.
     share_RL = advantages * mask_RL.sum(dim=-1, keepdim=True)
-    terms_RL, figures = padded_token_loss(objective, log_probs, mask_RL, share_RL)
-    return terms_RL.sum(), {name: figures[name] for name in figures.keys() & {"zero_advantage_fraction"}}
+    terms_RL, stats = padded_token_loss(objective, log_probs, mask_RL, share_RL)
+    return terms_RL.sum(), figures(stats, ["zero_advantage_fraction"])
 
 
 def register(nll_floor: float = ASymPO.nll_floor, negative_scale: float = SPO.negative_scale) -> None:

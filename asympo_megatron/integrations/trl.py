@@ -14,14 +14,16 @@ sampled token: no flag turns that off.
 """
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from asympo_megatron.errors import ConfigError, IntegrationError
-from asympo_megatron.integrations.padded import padded_token_loss, require_no_behavior_data, require_off
+from asympo_megatron.integrations.padded import FIGURES, padded_token_loss, require_no_behavior_data, require_off
 from asympo_megatron.objectives import ASymPO, Objective
+from asympo_megatron.parallel import Stat
 
 try:
     from trl import GRPOTrainer
@@ -91,21 +93,25 @@ class AsympoGRPOTrainer(GRPOTrainer):
             **{name: inputs.get(name) for name in _VISION},
         )
         mask_RL = mask * inputs["tool_mask"] if "tool_mask" in inputs else mask
-        terms_RL, means = padded_token_loss(self.objective, logprob_RL, mask_RL, inputs["advantages"])
+        terms_RL, stats = padded_token_loss(self.objective, logprob_RL, mask_RL, inputs["advantages"])
         mode = "train" if self.model.training else "eval"
         # Every micro-batch has equally many rows, so dividing by rows and micro-batches divides by N.
         microbatches = self.current_gradient_accumulation_steps if mode == "train" else 1
         loss = terms_RL.sum() / len(ids) / microbatches
         if self.aux_loss_enabled:
             loss = loss + self.router_aux_loss_coef * aux_loss / microbatches
-        with torch.no_grad():
-            entropy = torch.stack([(entropy_RL * mask_RL).sum(), mask_RL.sum()]).double()
-            mine = torch.cat([entropy, entropy.new_tensor(list(means.values()))])
-            entropy_sum, tokens, *over_ranks = self.accelerator.reduce(mine, reduction="mean").tolist()
-        self._metrics[mode]["entropy"].append(entropy_sum / max(tokens, 1.0))
-        for name, value in zip(means, over_ranks, strict=True):
-            self._metrics[mode][f"{self.objective.name}/{name}"].append(value)
+        self._log_objective(mode, (entropy_RL * mask_RL).sum(), mask_RL.sum(), stats)
         return loss
+
+    @torch.no_grad()
+    def _log_objective(self, mode: str, entropy: Tensor, tokens: Tensor, stats: Mapping[str, Stat]) -> None:
+        """Means over ranks, which hold equally many rows: one all-reduce and one copy from the device."""
+        names = [name for name in FIGURES if name in stats]
+        mine = torch.cat([torch.stack([entropy, tokens]).double(), *(stats[name].values_K for name in names)])
+        sums = self.accelerator.reduce(mine, reduction="mean").tolist()
+        self._metrics[mode]["entropy"].append(sums[0] / max(sums[1], 1.0))
+        for name, total, count in zip(names, sums[2::2], sums[3::2], strict=True):
+            self._metrics[mode][f"{self.objective.name}/{name}"].append(total / count)
 
 
 def _check_hooks() -> None:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from asympo_megatron.errors import BatchError, ConfigError, IntegrationError
-from asympo_megatron.integrations.padded import padded_token_loss
+from asympo_megatron.integrations.padded import figures, padded_token_loss
 from asympo_megatron.objectives import SPO, ASymPO
 
 _AGGREGATION = "seq-mean-token-sum"
@@ -81,7 +81,7 @@ def _policy_loss(kind: type[ASymPO] | type[SPO], option: str) -> Callable[..., t
                 "verl handed over no global_batch_size, so micro-batches would be averaged, not added. Use a trainer "
                 "that fills config.global_batch_info (verl 0.9: workers/utils/losses.py)."
             )
-        terms, figures = padded_token_loss(objective, log_prob, response_mask, advantages)
+        terms, stats = padded_token_loss(objective, log_prob, response_mask, advantages)
         loss = core_algos.agg_loss(
             loss_mat=terms,
             loss_mask=response_mask,
@@ -89,7 +89,7 @@ def _policy_loss(kind: type[ASymPO] | type[SPO], option: str) -> Callable[..., t
             dp_size=scale["dp_size"],
             global_batch_size=scale["global_batch_size"],
         )
-        return loss, {f"actor/{objective.name}/{name}": value for name, value in figures.items()}
+        return loss, {f"actor/{objective.name}/{name}": value for name, value in figures(stats).items()}
 
     return policy_loss
 

@@ -47,7 +47,10 @@ def test_grpo_has_the_core_s_gradient(trl, name, microbatches, per_token):
         return trainer._compute_loss(lambda _: part.pad(logprob_P, -1.0), grpo_inputs(part, per_token))
 
     check_gradient(accumulate(batch, microbatches, loss_of), name, batch)
-    assert len(trainer._metrics["train"][f"{name}/zero_advantage_fraction"]) == len(microbatches)
+    logged = trainer._metrics["train"][f"{name}/zero_advantage_fraction"]
+    assert len(logged) == len(microbatches)
+    absent_R = (batch.token_count_R == 0) & per_token  # no token, no advantage
+    assert sum(logged) / len(logged) == pytest.approx(float(((batch.advantage_R == 0) | absent_R).float().mean()))
 
 
 @pytest.mark.parametrize(
