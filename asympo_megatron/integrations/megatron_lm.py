@@ -5,9 +5,10 @@ Checked against Megatron-LM d98e8a6 of 2026-08-22 (core 0.20.0 in development; `
 
 ``make_loss_func`` gives the loss callback alone, for anybody's ``forward_backward_func``. It returns Megatron's
 3-tuple: the sum over local tokens, what this rank adds to N, and figures as [total, count], which ``training.py`` sums
-over micro-batches and DP x CP and then divides. Without ``--calculate-per-token-loss`` Megatron divides each
-micro-batch by its local count instead: that is refused. So are Megatron's own losses (load balancing, router z-loss,
-multi-token prediction) beside an objective divided by responses: they are scaled for a division by tokens.
+over micro-batches and DP x CP and then divides, also by 0: only figures over all responses are handed over. Without
+``--calculate-per-token-loss`` Megatron divides each micro-batch by its local count instead: that is refused. So are
+Megatron's own losses (load balancing, router z-loss, multi-token prediction) beside an objective divided by responses:
+they are scaled for a division by tokens.
 
 The NLL is what the model returns for ``labels``: at temperature 1. If responses were sampled at another temperature,
 compute the NLL from logits / temperature and call the loss function with it.
@@ -27,6 +28,7 @@ from torch import Tensor
 
 from asympo_megatron.batch import ResponseBatch
 from asympo_megatron.errors import BatchError, ConfigError
+from asympo_megatron.integrations.padded import FIGURES
 from asympo_megatron.mcore.layout import megatron_groups
 from asympo_megatron.mcore.loss import loss_terms
 from asympo_megatron.objectives import Objective
@@ -68,7 +70,7 @@ def make_loss_func(objective: Objective, groups: ParallelGroups) -> LossFunc:
 
     def loss_func(responses: ResponseBatch, token_nll: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         loss_sum, count, stats = loss_terms(objective, token_nll.flatten(), responses, groups)
-        figures = {name: stat.values_K.float() for name, stat in stats.items() if stat.kind == "mean"}
+        figures = {name: stats[name].values_K.float() for name in ("loss", *FIGURES) if name in stats}
         return loss_sum, count, figures
 
     return loss_func

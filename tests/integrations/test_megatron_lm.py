@@ -11,7 +11,12 @@ from torch.utils.data import DataLoader
 
 from asympo_megatron.errors import BatchError, ConfigError
 from asympo_megatron.integrations.megatron_bridge import ForwardStep
-from asympo_megatron.integrations.megatron_lm import make_forward_step, require_exact_count, split_batch
+from asympo_megatron.integrations.megatron_lm import (
+    make_forward_step,
+    make_loss_func,
+    require_exact_count,
+    split_batch,
+)
 from asympo_megatron.objectives import build_objective
 from asympo_megatron.parallel import SINGLE
 
@@ -112,6 +117,18 @@ def test_items_of_megatrons_loaders_have_the_cores_gradient(monkeypatch, name, l
         count += int(counted)
     _, want = core_gradient(objective, make_batch())
     assert_same_gradient(free.logits_PV.grad / count, want, make_batch())
+
+
+@pytest.mark.parametrize("objective", ["asympo", "sft"])
+def test_figures_are_numbers_where_no_response_has_a_positive_advantage(objective):
+    """``train_step`` adds them up and divides: a count of 0 would make NaN of a whole log interval."""
+    data = {**item([0, 1]), "advantages": torch.tensor([-1.0, -2.0])}
+    inputs, responses = split_batch(data)
+    nll = -make_batch().logprob(make_batch().logits_PV)[inputs["input_ids"]]
+    _, _, figures = make_loss_func(build_objective(objective), SINGLE)(responses, nll)
+    assert {"loss", "zero_advantage_fraction"} <= figures.keys()
+    for name, (total, count) in figures.items():
+        assert torch.isfinite(total / count), name
 
 
 def test_several_items_in_one_micro_batch_are_refused():
