@@ -26,5 +26,5 @@ fi
 export CUDA_VISIBLE_DEVICES=$gpus
 # dummy: random weights. The trainer's first published version arrives before the first prompt.
 exec "$SGLANG_PYTHON" -m sglang.launch_server --model-path "$MODEL" --load-format dummy \
-  --host "$BIND" --port "$port" --tp-size $((${#commas} + 1)) --context-length "$CONTEXT_LENGTH" \
+  --dtype "$DTYPE" --host "$BIND" --port "$port" --tp-size $((${#commas} + 1)) --context-length "$CONTEXT_LENGTH" \
   "${key[@]}" "${@:3}"

@@ -9,7 +9,10 @@
 # sglang (the default) needs an environment of its own; embedded is for trials without a GPU.
 : "${ENGINE:=sglang}"
 : "${SGLANG_PYTHON:=python}"
+# What SGLang is told of CONFIG: the model here, dtype and length below. Set all three with another CONFIG.
 : "${MODEL:=models/Qwen3-1.7B-Base}"
+# bfloat16 where the config has model.dtype=bf16, float32 where it has fp32.
+: "${DTYPE:=bfloat16}"
 # rollout.sampling: max_prompt_tokens + max_new_tokens + 1; a server refuses requests that could reach its length.
 : "${CONTEXT_LENGTH:=5121}"
 

@@ -28,10 +28,14 @@ rm -f "$RENDEZVOUS"/*.url
 
 here=$(dirname "${BASH_SOURCE[0]}")
 logs=$RENDEZVOUS/%x-%j.log
+submitted=()
+trap 'scancel "${submitted[@]}"' ERR # Slurm refused a job: the others would wait for it, on their GPUs
 engines=$(sbatch --parsable --array=0-$((ENGINES - 1)) --gpus="$GPUS_PER_ENGINE" --output="$RENDEZVOUS/%x-%A-%a.log" \
   "$here/engine.sbatch")
+submitted+=("$engines")
 controller=$(sbatch --parsable --output="$logs" "$here/controller.sbatch")
-export SERVERS="$engines $controller"
+submitted+=("$controller")
+export CONTROLLER_JOB=$controller SERVERS="$engines $controller"
 trainer=$(sbatch --parsable --nodes="${TRAIN_NODES:-1}" --gpus-per-node="$GPUS_PER_NODE" --output="$logs" \
   "$here/trainer.sbatch")
 echo "engines $engines, controller $controller, trainer $trainer; logs in $RENDEZVOUS"

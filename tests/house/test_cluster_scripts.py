@@ -1,75 +1,11 @@
 """Scripts of examples/slurm and examples/bare, with stand-ins for Slurm and for the roles: who is told what."""
 
-import os
 import re
 import shlex
-import stat
 import subprocess
-from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
-
-ROOT = Path(__file__).parents[2]
-
-RECORD = '#!/usr/bin/env bash\nprintf "%q " "$(basename "$0")" "$@" >>"$RECORDED"\necho >>"$RECORDED"\n'
-
-STAND_INS = {
-    # Runs the script at once, once for each task of an array, and prints a job id.
-    "sbatch": """#!/usr/bin/env bash
-set -e
-tasks=0
-for argument in "$@"; do
-  case $argument in --array=0-*) tasks=${argument#--array=0-} ;; esac
-done
-script=${*: -1}
-for ((i = 0; i <= tasks; i++)); do
-  SLURM_ARRAY_TASK_ID=$i SLURM_JOB_ID=70042 SLURM_JOB_NODELIST='n[1-2]' SLURM_NNODES=2 bash "$script" >&2
-done
-echo "${script##*/}-id"
-""",
-    # Lists the nodes, and requeues a job unless it was cancelled.
-    "scontrol": """#!/usr/bin/env bash
-if [[ $1 == show ]]; then
-  printf 'n1\\nn2\\n'
-elif [[ -n ${CANCELLED:-} ]]; then
-  exit 1
-else
-  echo "scontrol $*" >>"$RECORDED"
-fi
-""",
-    # The highest exit code of the tasks, as the real one.
-    "srun": """#!/usr/bin/env bash
-code=0
-for node in 0 1; do SLURM_NODEID=$node "$@" || code=$?; done
-exit "$code"
-""",
-    "hostname": "#!/usr/bin/env bash\necho host7\n",
-    "scancel": RECORD,
-    "asympo": RECORD,
-    "trainer_python": RECORD + 'exit "${TRAINER_EXIT:-0}"\n',
-    "sglang_python": RECORD,
-}
-
-
-@pytest.fixture
-def world(tmp_path):
-    programs = tmp_path / "bin"
-    programs.mkdir()
-    for name, text in STAND_INS.items():
-        (programs / name).write_text(text)
-        (programs / name).chmod(stat.S_IRWXU)
-    (tmp_path / "examples").symlink_to(ROOT / "examples")
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "ASYMPO"))}
-    return tmp_path, {
-        **kept,
-        "PATH": f"{programs}:{kept['PATH']}",
-        "ASYMPO": str(programs / "asympo"),
-        "PYTHON": str(programs / "trainer_python"),
-        "JOURNAL_ROOT": str(tmp_path / "local"),
-        "SGLANG_PYTHON": str(programs / "sglang_python"),
-        "RECORDED": str(tmp_path / "recorded"),
-    }
 
 
 def run(world, *command, **env):
@@ -82,13 +18,14 @@ def test_slurm_jobs_find_each_other_by_url(world):
     more = {"ENGINES": "3", "GPUS_PER_ENGINE": "2", "ENGINE": "sglang", "TRAIN_NODES": "2", "ASYMPO_TOKEN": "sesame"}
     calls = run(world, "examples/slurm/submit.sh", "some.yaml", "my_run", **more)
     engines, (controller, *trainers), (cancel,) = calls[:3], calls[3:6], calls[6:]
-    for port, engine in enumerate(engines, start=30000):
+    for port, engine in enumerate(engines, start=10042):
         assert engine[:3] == ["sglang_python", "-m", "sglang.launch_server"]
         assert engine[engine.index("--port") + 1] == str(port)
         assert engine[engine.index("--tp-size") + 1] == "2"
+        assert engine[engine.index("--dtype") + 1] == "bfloat16"
     assert controller[:3] == ["asympo", "control", "some.yaml"]
     assert "run.name=my_run" in controller
-    assert "rollout.engine_urls=[http://host7:30000,http://host7:30001,http://host7:30002]" in controller
+    assert "rollout.engine_urls=[http://host7:10042,http://host7:10043,http://host7:10044]" in controller
     assert "rollout.controller_port=20042" in controller
     for rank, trainer in enumerate(trainers):
         assert {"--nnodes=2", f"--node-rank={rank}", "--master-addr=n1", "--nproc-per-node=8"} <= set(trainer)
@@ -117,7 +54,7 @@ if [[ $1 == mirror ]]; then
   until [[ -e $RECORDED.last ]]; do sleep 0.01; done
   echo "$*" >>"$RECORDED"
   rmdir "$RECORDED.port"
-elif [[ $* == *engine_port=30003* ]]; then
+elif [[ $* == *engine_port=10045* ]]; then
   touch "$RECORDED.last"
 fi
 """
@@ -199,59 +136,43 @@ def test_a_trainer_that_saved_is_requeued_and_its_servers_stay(world, code, canc
     folder, env = world
     more = {"ENGINE": "embedded", "TRAINER_EXIT": code, "CANCELLED": cancelled}
     command = ["examples/slurm/submit.sh", "some.yaml", "r"]
-    done = subprocess.run(command, cwd=folder, env={**env, **more}, check=False, timeout=60, capture_output=True)
-    assert done.returncode == int(code)  # the stand-in for sbatch runs the job and passes its code on
+    subprocess.run(command, cwd=folder, env={**env, **more}, check=True, timeout=60, capture_output=True)
+    assert (folder / "recorded.exit").read_text() == f"{code}\n", "of the trainer's job"
     assert shlex.split((folder / "recorded").read_text().splitlines()[-1]) == expected
 
 
-def run_controller_job(world, host="host7"):
-    """One controller job on ``host``, whose controller writes a line into its journal."""
+def test_a_trainer_whose_controller_is_gone_does_not_wait_on(world):
     folder, env = world
-    (folder / "bin" / "hostname").write_text(f"#!/usr/bin/env bash\necho {host}\n")
-    (folder / "bin" / "asympo").write_text(
-        """#!/usr/bin/env bash
-for argument in "$@"; do
-  case $argument in rollout.journal_dir=*) directory=${argument#rollout.journal_dir=} ;; esac
-done
-mkdir -p "$directory"
-echo "$(hostname)" >>"$directory/journal.sqlite"
-"""
-    )
-    rendezvous = folder / "runs" / "r" / "slurm"
-    rendezvous.mkdir(parents=True, exist_ok=True)
-    (rendezvous / "engine0.url").write_text("http://e0:30000\n")
-    job = {
-        "RENDEZVOUS": str(rendezvous),
-        "ROLES": str(folder / "examples" / "bare"),
-        "RUN_NAME": "r",
-        "ENGINES": "1",
-        "SLURM_JOB_ID": "42",
-    }
-    command = ["bash", "examples/slurm/controller.sbatch"]
+    (folder / "bin" / "sleep").symlink_to(folder / "bin" / "scancel")  # is recorded
+    job = {"RENDEZVOUS": str(folder), "SERVERS": "7 8", "CONTROLLER_JOB": "8"}
+    command = ["bash", "examples/slurm/trainer.sbatch"]
     done = subprocess.run(
         command, cwd=folder, env={**env, **job}, check=False, timeout=60, capture_output=True, text=True
     )
-    return done, rendezvous / "journal"
+    assert done.returncode == 1
+    assert "the controller (job 8) ended before it served" in done.stderr
+    calls = (folder / "recorded").read_text().splitlines()
+    assert len(calls) == 30
+    assert shlex.split(calls[-1]) == ["scancel", "7", "8"]
 
 
-def test_the_journal_lies_on_a_local_disk_and_follows_the_controller(world):
+@pytest.mark.parametrize(
+    ("refused", "cancelled"),
+    [("controller", ["engine.sbatch-id"]), ("trainer", ["engine.sbatch-id", "controller.sbatch-id"])],
+)
+def test_a_job_that_slurm_refuses_takes_the_others_with_it(world, refused, cancelled):
+    folder, env = world
+    more = {"ENGINE": "embedded", "REFUSED": f"{refused}.sbatch"}
+    command = ["examples/slurm/submit.sh", "some.yaml", "r"]
+    done = subprocess.run(command, cwd=folder, env={**env, **more}, check=False, timeout=60, capture_output=True)
+    assert done.returncode == 1
+    assert shlex.split((folder / "recorded").read_text().splitlines()[-1]) == ["scancel", *cancelled]
+
+
+@pytest.mark.parametrize(("shown", "used"), [({"CUDA_VISIBLE_DEVICES": "4,5"}, "4,5"), ({}, "0,1")])
+def test_an_engine_has_the_gpus_that_slurm_gave_it(world, shown, used):
     folder, _ = world
-    done, kept = run_controller_job(world)
-    assert done.returncode == 0, done.stderr
-    (local,) = (folder / "local").glob("asympo-*/r/journal.sqlite")
-    assert local.read_text() == (kept / "journal.sqlite").read_text() == "host7\n"
-    local.unlink()  # the next node has another disk
-    run_controller_job(world, host="host8")
-    assert local.read_text() == (kept / "journal.sqlite").read_text() == "host7\nhost8\n"
-
-
-def test_a_journal_that_was_left_on_another_node_is_not_passed_over(world):
-    _, kept = run_controller_job(world)
-    (kept / "owner").write_text("host7\n")  # its node died before the journal was copied
-    done, _ = run_controller_job(world, host="host8")
-    assert done.returncode == 2
-    assert "was left on host7" in done.stderr
-    done, _ = run_controller_job(world, host="host7")  # the node is back, with the newer journal on its disk
-    assert done.returncode == 0
-    assert (kept / "journal.sqlite").read_text() == "host7\nhost7\n"
-    assert not (kept / "owner").exists()
+    (folder / "bin" / "sglang_python").write_text('#!/usr/bin/env bash\necho "$CUDA_VISIBLE_DEVICES" >"$RECORDED"\n')
+    job = {"RENDEZVOUS": str(folder), "ROLES": str(folder / "examples" / "bare"), "GPUS_PER_ENGINE": "2"}
+    job |= {"SLURM_ARRAY_TASK_ID": "0", "SLURM_JOB_ID": "42", **shown}
+    assert run(world, "bash", "examples/slurm/engine.sbatch", **job) == [[used]]
