@@ -25,6 +25,11 @@ from asympo_megatron.errors import ConfigError, IntegrationError
 from asympo_megatron.integrations.broadcast import gather_responses, padded_ids
 from asympo_megatron.objectives import build_objective
 
+try:
+    from nemo_rl.algorithms.loss.interfaces import MetricNormalizer
+except ImportError:  # v0.7.0, whose trainers scale no figures
+    MetricNormalizer = None
+
 _SOURCES = {
     "behavior_logprob_T": "generation_logprobs",
     "proximal_logprob_T": "prev_logprobs",
@@ -49,6 +54,9 @@ class ASymPOLoss:
         self.objective = build_objective(objective, **options)
         by_tokens = self.objective.normalizer == "tokens"
         self.loss_type = LossType.TOKEN_LEVEL if by_tokens else LossType.SEQUENCE_LEVEL
+        # The single-controller trainer passes counts of 1 and divides figures afterwards: like the gradient, but for
+        # those that are said to be plain counts.
+        self.metric_normalizations = {"num_valid_samples": MetricNormalizer.NONE} if MetricNormalizer else {}
 
     def __call__(
         self, data: Any, global_valid_seqs: Tensor, global_valid_toks: Tensor, next_token_logprobs: Tensor

@@ -14,6 +14,10 @@ class LossType(enum.Enum):
     SEQUENCE_LEVEL = "sequence_level"
 
 
+class MetricNormalizer(enum.Enum):
+    NONE = "none"
+
+
 class LossInputType(enum.Enum):
     LOGPROB = "logprob"
 
@@ -91,7 +95,7 @@ class ActorPGWorker:
 
 MODULES = {
     "nemo_rl": {
-        "nemo_rl.algorithms.loss.interfaces": [LossType, LossInputType, LossFunction],
+        "nemo_rl.algorithms.loss.interfaces": [LossType, LossInputType, LossFunction, MetricNormalizer],
         "nemo_rl.algorithms.loss.loss_functions": [ClippedPGLossFn],
         "nemo_rl.algorithms.loss.utils": [prepare_loss_input],
         "nemo_rl.algorithms.loss.wrapper": [wrap_loss_fn_with_input_preparation],

@@ -116,6 +116,29 @@ def test_nemo_rl_setup_returns_our_loss_in_the_place_of_theirs(adapter):
         adapter.with_loss(lambda _: ("policy", theirs), loss)(config)
 
 
+@pytest.mark.parametrize("adapter", ["nemo_rl"], indirect=True)
+def test_nemo_rl_figures_scaled_after_the_step_are_those_of_a_loss_that_knew_the_counts(adapter):
+    """``MegatronPolicyWorker._scale_metric``: counts of 1 first, one division of every figure after the step."""
+    mask_BS = torch.tensor([[0.0, 1.0, 1.0], [0.0, 1.0, 0.0]])
+    data = {"token_mask": mask_BS, "sample_mask": torch.ones(2), "advantages": mask_BS * torch.tensor([[1.0], [-1.0]])}
+    one, responses = torch.tensor(1.0), torch.tensor(8.0)
+    loss = adapter.ASymPOLoss()
+    _, wanted = loss(data, responses, one, -torch.ones(2, 2))
+    _, raw = loss(data, one, one, -torch.ones(2, 2))
+    plain = {name for name, kind in loss.metric_normalizations.items() if kind is recorded.MetricNormalizer.NONE}
+    assert {name: value if name in plain else value / 8 for name, value in raw.items()} == pytest.approx(wanted)
+    assert wanted["num_valid_samples"] == 2
+
+
+def test_nemo_rl_before_it_scaled_figures(monkeypatch):
+    path = "nemo_rl.algorithms.loss.interfaces"
+    older = {path: [recorded.LossType, recorded.LossInputType, recorded.LossFunction]}
+    recorded_context_parallel.install(monkeypatch, recorded.MODULES["nemo_rl"] | older)
+    monkeypatch.delitem(sys.modules, "asympo_megatron.integrations.nemo_rl", raising=False)
+    assert importlib.import_module("asympo_megatron.integrations.nemo_rl").ASymPOLoss().metric_normalizations == {}
+    del sys.modules["asympo_megatron.integrations.nemo_rl"]
+
+
 @pytest.mark.parametrize("adapter", ["prime_rl"], indirect=True)
 def test_prime_rl_wants_a_scale_and_weights_of_one(adapter):
     one = torch.ones(3)
