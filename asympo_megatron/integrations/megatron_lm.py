@@ -173,5 +173,5 @@ def require_exact_count(model: Any, objective: Objective) -> None:
                 raise ConfigError(
                     f"{name} is {value}: Megatron multiplies this loss by the tokens of a micro-batch, to divide it by "
                     f"all tokens; objective {objective.name!r} is divided by responses, so the loss would grow by the "
-                    f"tokens of a response. Set {name}=0. (The routers of `asympo train` keep both losses of theirs.)"
+                    f"tokens of a response. Set {name}=0. (`asympo train` scales the losses of its routers itself.)"
                 )
