@@ -141,10 +141,9 @@ def test_engine_that_joins_late_gets_weights_before_prompts(tmp_path: Path) -> N
             assert late.requests == []
             gate.set()
             await w.until(lambda: len(w.controller.parts.fleet.serving) == 2)
-            for step in range(1, 5):
-                await w.trainer.publish(step)
-                await w.trainer.lease(step + 1)
-            assert late.requests
+            w.engines[0].hold(lambda _: 2)  # what comes next goes to the other
+            await w.trainer.publish(1)
+            await late.until(lambda: late.requests != [])
             assert all(body["extra_key"] != "default" for body in late.requests)
 
     run_async(scenario())
