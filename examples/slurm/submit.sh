@@ -33,6 +33,7 @@ trap 'scancel "${submitted[@]}"' ERR # Slurm refused a job: the others would wai
 engines=$(sbatch --parsable --array=0-$((ENGINES - 1)) --gpus="$GPUS_PER_ENGINE" --output="$RENDEZVOUS/%x-%A-%a.log" \
   "$here/engine.sbatch")
 submitted+=("$engines")
+export ENGINES_JOB=$engines
 controller=$(sbatch --parsable --output="$logs" "$here/controller.sbatch")
 submitted+=("$controller")
 export CONTROLLER_JOB=$controller SERVERS="$engines $controller"

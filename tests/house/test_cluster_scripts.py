@@ -141,19 +141,60 @@ def test_a_trainer_that_saved_is_requeued_and_its_servers_stay(world, code, canc
     assert shlex.split((folder / "recorded").read_text().splitlines()[-1]) == expected
 
 
-def test_a_trainer_whose_controller_is_gone_does_not_wait_on(world):
-    folder, env = world
-    (folder / "bin" / "sleep").symlink_to(folder / "bin" / "scancel")  # is recorded
-    job = {"RENDEZVOUS": str(folder), "SERVERS": "7 8", "CONTROLLER_JOB": "8"}
-    command = ["bash", "examples/slurm/trainer.sbatch"]
-    done = subprocess.run(
-        command, cwd=folder, env={**env, **job}, check=False, timeout=60, capture_output=True, text=True
+def run_trainer_job(world, **env):
+    """One trainer job by itself; the controller has said where it is when the job has waited twice."""
+    folder, base = world
+    sleep = folder / "bin" / "sleep"
+    sleep.write_text(
+        """#!/usr/bin/env bash
+mkdir "$RECORDED.slept" 2>/dev/null || echo http://c0:20008 >"$RENDEZVOUS/controller.url"
+"""
     )
+    sleep.chmod(0o700)
+    job = {
+        "RENDEZVOUS": str(folder),
+        "ROLES": str(folder / "examples" / "bare"),
+        "SERVERS": "7 8",
+        "CONTROLLER_JOB": "8",
+        "GPUS_PER_NODE": "8",
+        "SLURM_JOB_ID": "9",
+        "SLURM_JOB_NODELIST": "n[1-2]",
+        "SLURM_NNODES": "2",
+        "SLURM_CPUS_PER_TASK": "32",
+    }
+    command = ["bash", "examples/slurm/trainer.sbatch"]
+    all_of_it = {**base, **job, **env}
+    done = subprocess.run(command, cwd=folder, env=all_of_it, check=False, timeout=60, capture_output=True, text=True)
+    return done, [shlex.split(line) for line in (folder / "recorded").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("queue", [{"QUEUE": "7_0 7_1 8 9"}, {}], ids=["listed", "no answer"])
+def test_a_trainer_waits_for_a_controller_whose_job_may_still_run(world, queue):
+    done, (*trainers, cancel) = run_trainer_job(world, **queue)
+    assert done.returncode == 0, done.stderr
+    assert all("rollout.controller_url=http://c0:20008" in trainer for trainer in trainers)
+    assert cancel == ["scancel", "7", "8"]
+
+
+@pytest.mark.parametrize("queue", ["7_0 7_1 9", "7_8 80 9", ""])
+def test_a_trainer_whose_controller_is_gone_does_not_wait_on(world, queue):
+    done, calls = run_trainer_job(world, QUEUE=queue)
     assert done.returncode == 1
     assert "the controller (job 8) ended before it served" in done.stderr
-    calls = (folder / "recorded").read_text().splitlines()
-    assert len(calls) == 30
-    assert shlex.split(calls[-1]) == ["scancel", "7", "8"]
+    assert calls == [["scancel", "7", "8"]]
+
+
+def test_each_job_is_told_of_the_jobs_before_it(world):
+    (world[0] / "bin" / "sbatch").write_text(
+        """#!/usr/bin/env bash
+script=${*: -1}
+echo "${script##*/} ${ENGINES_JOB:-none} ${CONTROLLER_JOB:-none}" >>"$RECORDED"
+echo "${script##*/}-id"
+"""
+    )
+    calls = run(world, "examples/slurm/submit.sh", "some.yaml", "r")
+    assert ["controller.sbatch", "engine.sbatch-id", "none"] in calls
+    assert ["trainer.sbatch", "engine.sbatch-id", "controller.sbatch-id"] in calls
 
 
 @pytest.mark.parametrize(
