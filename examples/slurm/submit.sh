@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Submits engines, controller and trainer as three jobs that find each other by URL:
+# Submits engines, controller and trainer as three jobs that find each other by URL, and one that ends what is left:
 #
 #   ENGINES=4 TRAIN_NODES=2 examples/slurm/submit.sh examples/configs/qwen3_1p7b_math.yaml RUN_NAME [a.b=c ...]
 #
@@ -28,15 +28,20 @@ rm -f "$RENDEZVOUS"/*.url
 
 here=$(dirname "${BASH_SOURCE[0]}")
 logs=$RENDEZVOUS/%x-%j.log
-submitted=()
-trap 'scancel "${submitted[@]}"' ERR # Slurm refused a job: the others would wait for it, on their GPUs
 engines=$(sbatch --parsable --array=0-$((ENGINES - 1)) --gpus="$GPUS_PER_ENGINE" --output="$RENDEZVOUS/%x-%A-%a.log" \
   "$here/engine.sbatch")
-submitted+=("$engines")
+submitted=("$engines")
+trap 'scancel "${submitted[@]}"' EXIT # all the jobs or none: those that Slurm took would wait for the others, on their GPUs
 export ENGINES_JOB=$engines
 controller=$(sbatch --parsable --output="$logs" "$here/controller.sbatch")
 submitted+=("$controller")
 export CONTROLLER_JOB=$controller SERVERS="$engines $controller"
 trainer=$(sbatch --parsable --nodes="${TRAIN_NODES:-1}" --gpus-per-node="$GPUS_PER_NODE" --output="$logs" \
   "$here/trainer.sbatch")
+submitted+=("$trainer")
+# A trainer that is cancelled before it starts, or whose script is killed, stops no servers: this job does. It outlasts
+# requeues, for slurmctld makes a requeued job pending at once, and afterany waits for a job that has finished.
+sbatch --parsable --job-name=asympo-cleanup --dependency="afterany:$trainer" --ntasks=1 --time=5 --output="$logs" \
+  --wrap="scancel --quiet $SERVERS || true" >/dev/null # those that ended by themselves are no failure
+trap - EXIT
 echo "engines $engines, controller $controller, trainer $trainer; logs in $RENDEZVOUS"

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 RECORD = '#!/usr/bin/env bash\nprintf "%q " "$(basename "$0")" "$@" >>"$RECORDED"\necho >>"$RECORDED"\n'
 
 STAND_INS = {
-    # Runs the script at once, once for each task of an array, and prints a job id.
+    # Runs the script at once, once for each task of an array, and prints a job id. A job that depends on another waits.
     "sbatch": """#!/usr/bin/env bash
 set -e
 tasks=0
@@ -23,6 +23,10 @@ if [[ $script == *"${REFUSED:-none}"* ]]; then
   echo "sbatch: error: Batch job submission failed: Job violates accounting/QOS policy" >&2
   exit 1
 fi
+if [[ $* == *--dependency=* ]]; then
+  printf '%s\\n' "$@" >"$RECORDED.waiting"
+  exit
+fi
 export SLURM_CPUS_PER_TASK=32 SLURM_JOB_NODELIST='n[1-2]' SLURM_NNODES=2
 for ((i = 0; i <= tasks; i++)); do
   code=0
@@ -31,14 +35,15 @@ for ((i = 0; i <= tasks; i++)); do
 done
 echo "${script##*/}-id"
 """,
-    # Lists the nodes, and requeues a job unless it was cancelled.
+    # Lists the nodes, and requeues a job that runs.
     "scontrol": """#!/usr/bin/env bash
 if [[ $1 == show ]]; then
   printf 'n1\\nn2\\n'
-elif [[ -n ${CANCELLED:-} ]]; then
+elif [[ ${STATE:-RUNNING} != RUNNING ]]; then
   exit 1
 else
   echo "scontrol $*" >>"$RECORDED"
+  echo COMPLETING >"$RECORDED.state"
 fi
 """,
     # The highest exit code of the tasks, as the real one.
@@ -49,8 +54,16 @@ for node in 0 1; do SLURM_NODEID=$node "${@:2}" || code=$?; done
 exit "$code"
 """,
     "hostname": "#!/usr/bin/env bash\necho host7\n",
-    # The jobs of $QUEUE; without it, Slurm does not answer.
-    "squeue": "#!/usr/bin/env bash\n[[ -n ${QUEUE+set} ]] || exit 1\nprintf '%s\\n' $QUEUE\n",
+    # The state of the job that asks, or the jobs of $QUEUE; without it, Slurm does not answer.
+    "squeue": """#!/usr/bin/env bash
+if [[ $* == *--jobs=* ]]; then
+  cat "$RECORDED.state" 2>/dev/null || echo "${STATE:-RUNNING}"
+elif [[ -n ${QUEUE+set} ]]; then
+  printf '%s\\n' $QUEUE
+else
+  exit 1
+fi
+""",
     "scancel": RECORD,
     "asympo": RECORD,
     "trainer_python": RECORD + 'exit "${TRAINER_EXIT:-0}"\n',

@@ -124,21 +124,27 @@ def test_a_role_without_its_arguments_says_its_usage(world):
         assert f"usage: {script}" in done.stderr
 
 
+STOP = ["scancel", "engine.sbatch-id", "controller.sbatch-id"]
+
+
 @pytest.mark.parametrize(
-    ("code", "cancelled", "expected"),
+    ("code", "state", "expected"),
     [
-        ("75", "", ["scontrol", "requeue", "70042"]),
-        ("75", "yes", ["scancel", "engine.sbatch-id", "controller.sbatch-id"]),
-        ("1", "", ["scancel", "engine.sbatch-id", "controller.sbatch-id"]),
+        ("75", "RUNNING", ["scontrol", "requeue", "70042"]),
+        ("75", "COMPLETING", None),  # Slurm requeued or cancelled it: the job that waits for its end knows
+        ("1", "COMPLETING", None),
+        ("1", "RUNNING", STOP),
+        ("0", "RUNNING", STOP),
     ],
 )
-def test_a_trainer_that_saved_is_requeued_and_its_servers_stay(world, code, cancelled, expected):
+def test_a_trainer_stops_its_servers_where_its_end_is_the_end_of_its_job(world, code, state, expected):
     folder, env = world
-    more = {"ENGINE": "embedded", "TRAINER_EXIT": code, "CANCELLED": cancelled}
+    more = {"ENGINE": "embedded", "TRAINER_EXIT": code, "STATE": state}
     command = ["examples/slurm/submit.sh", "some.yaml", "r"]
     subprocess.run(command, cwd=folder, env={**env, **more}, check=True, timeout=60, capture_output=True)
     assert (folder / "recorded.exit").read_text() == f"{code}\n", "of the trainer's job"
-    assert shlex.split((folder / "recorded").read_text().splitlines()[-1]) == expected
+    last = shlex.split((folder / "recorded").read_text().splitlines()[-1])
+    assert last == expected if expected else last[0] == "trainer_python"
 
 
 def run_trainer_job(world, **env):
@@ -197,17 +203,37 @@ echo "${script##*/}-id"
     assert ["trainer.sbatch", "engine.sbatch-id", "controller.sbatch-id"] in calls
 
 
+def test_a_job_that_waits_for_the_end_of_the_trainer_stops_what_still_serves(world):
+    folder, _ = world
+    run(world, "examples/slurm/submit.sh", "some.yaml", "r", ENGINE="embedded")
+    options = dict(line.split("=", 1) for line in (folder / "recorded.waiting").read_text().splitlines() if "=" in line)
+    assert options["--dependency"] == "afterany:trainer.sbatch-id"
+    assert run(world, "sh", "-c", options["--wrap"])[-1] == [
+        "scancel",
+        "--quiet",
+        "engine.sbatch-id",
+        "controller.sbatch-id",
+    ]
+    (folder / "bin" / "scancel").write_text("#!/usr/bin/env bash\nexit 1\n")  # all of them are gone
+    run(world, "sh", "-c", options["--wrap"])
+
+
+ALL = ["engine.sbatch-id", "controller.sbatch-id", "trainer.sbatch-id"]
+
+
 @pytest.mark.parametrize(
     ("refused", "cancelled"),
-    [("controller", ["engine.sbatch-id"]), ("trainer", ["engine.sbatch-id", "controller.sbatch-id"])],
+    [("engine.sbatch", 0), ("controller.sbatch", 1), ("trainer.sbatch", 2), ("--wrap", 3)],
 )
 def test_a_job_that_slurm_refuses_takes_the_others_with_it(world, refused, cancelled):
     folder, env = world
-    more = {"ENGINE": "embedded", "REFUSED": f"{refused}.sbatch"}
+    more = {"ENGINE": "embedded", "REFUSED": refused}
     command = ["examples/slurm/submit.sh", "some.yaml", "r"]
     done = subprocess.run(command, cwd=folder, env={**env, **more}, check=False, timeout=60, capture_output=True)
     assert done.returncode == 1
-    assert shlex.split((folder / "recorded").read_text().splitlines()[-1]) == ["scancel", *cancelled]
+    recorded = folder / "recorded"
+    last = shlex.split(recorded.read_text().splitlines()[-1]) if recorded.exists() else None
+    assert last == (["scancel", *ALL[:cancelled]] if cancelled else None)
 
 
 @pytest.mark.parametrize(("shown", "used"), [({"CUDA_VISIBLE_DEVICES": "4,5"}, "4,5"), ({}, "0,1")])
