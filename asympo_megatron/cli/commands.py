@@ -7,7 +7,7 @@ import os
 import signal
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from asympo_megatron.config import Config, RunDir, load_config, override_config
 
@@ -78,13 +78,32 @@ async def _control(
 
 
 def engine(arguments: argparse.Namespace) -> int:
-    from asympo_megatron.engine import EngineOptions, serve
-    from asympo_megatron.launch.engines import context_length, engine_seed
     from asympo_megatron.tasks import prepare_model_dir
 
     config = _load(arguments)
-    rollout = config.rollout
     model_dir = prepare_model_dir(config, RunDir.of(config).path)
+    if config.rollout.engine == "sglang":
+        config.rollout.engine_args += arguments.engine_args
+        _become_sglang(config, model_dir)
+    _serve_embedded(config, model_dir)
+    return 0
+
+
+def _become_sglang(config: Config, model_dir: Path) -> NoReturn:
+    """In the place of this process, so that whoever started it holds the server itself."""
+    from asympo_megatron.launch.engines import engine_command, engine_environment
+    from asympo_megatron.launch.ports import free_port
+
+    port = config.rollout.engine_port or free_port(config.rollout.engine_host)
+    command = engine_command(config, model_dir, port)
+    os.execve(command[0], command, {**os.environ, **engine_environment(config)})
+
+
+def _serve_embedded(config: Config, model_dir: Path) -> None:
+    from asympo_megatron.engine import EngineOptions, serve
+    from asympo_megatron.launch.engines import context_length, engine_seed
+
+    rollout = config.rollout
     serve(
         EngineOptions(
             model_path=str(model_dir),
@@ -98,7 +117,6 @@ def engine(arguments: argparse.Namespace) -> int:
             seed=engine_seed(config.run.seed, rollout.engine_port, time.time_ns()),
         )
     )
-    return 0
 
 
 def mirror(arguments: argparse.Namespace) -> int:

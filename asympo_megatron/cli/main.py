@@ -40,7 +40,14 @@ def _parser() -> argparse.ArgumentParser:
     _role(verbs, "run", commands.run, "engines, controller and trainer on this machine, supervised")
     _role(verbs, "train", commands.train, "the trainer alone (one rank, or started by torchrun)")
     _role(verbs, "control", commands.control, "the controller alone")
-    _role(verbs, "engine", commands.engine, "one embedded engine (SGLang's protocol around a transformers model)")
+    engine = _role(verbs, "engine", commands.engine, "one engine: embedded (a transformers model), or SGLang itself")
+    engine.add_argument(
+        "--engine-args",
+        nargs=argparse.REMAINDER,
+        default=[],
+        metavar="...",
+        help="the rest of the line goes to SGLang, after rollout.engine_args",
+    )
     _role(verbs, "mirror", commands.mirror, "an engine's host: published deltas made whole (sync.deltas)")
     convert.add_parser(verbs)
     for name, command, text in (
@@ -59,11 +66,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def _role(
     verbs: argparse._SubParsersAction, name: str, command: Callable[[argparse.Namespace], int], text: str
-) -> None:
+) -> argparse.ArgumentParser:
     verb = verbs.add_parser(name, help=text, description=text)
     verb.add_argument("config", metavar="CONFIG", help="YAML file or preset")
     verb.add_argument("overrides", nargs="*", metavar="a.b=c", help="overrides, applied left to right")
     verb.set_defaults(command=command)
+    return verb
 
 
 if __name__ == "__main__":

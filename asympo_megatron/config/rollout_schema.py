@@ -60,11 +60,11 @@ class RolloutConfig:
     controller_token: str | None = None
     """Bearer token that every call to the controller must carry."""
     engine: str = "embedded"
-    """What `asympo run` starts locally: embedded | sglang."""
+    """What `asympo run` and `asympo engine` start: embedded | sglang."""
     num_engines: int = 1
     """Engines that `asympo run` starts here; SGLang engine i begins at GPU --base-gpu-id + i x --tp-size."""
     engine_host: str = "127.0.0.1"
-    """Address the embedded engine listens on."""
+    """Address the engines started here listen on."""
     engine_port: int = 0
     """Where `asympo engine` listens; 0: any free port. `asympo run` chooses the ports of its engines itself."""
     engine_urls: list[str] = field(default_factory=list)

@@ -1,8 +1,10 @@
-"""Commands of the roles that `asympo run` starts on this machine."""
+"""Commands of the roles that run on this machine, started by `asympo run` or one by one."""
 
 import hashlib
 import json
+import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -60,9 +62,10 @@ def engine_seed(run_seed: int, port: int, started_ns: int) -> int:
 def _key_file(run_dir: RunDir, key: str) -> Path:
     path = run_dir.path / "engine_key.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.unlink(missing_ok=True)  # an old one may be open to more readers
-    path.touch(mode=0o600)
-    path.write_text(f"api-key: {json.dumps(key)}\n")
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent)  # for its owner alone; an old one may have more readers
+    with os.fdopen(descriptor, "w") as file:
+        file.write(f"api-key: {json.dumps(key)}\n")
+    Path(temporary).replace(path)  # whole at any time: engines of other hosts start from it, too
     return path
 
 

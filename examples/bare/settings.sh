@@ -6,15 +6,8 @@
 : "${ASYMPO:=.venv/bin/asympo}"
 : "${PYTHON:=.venv/bin/python}"
 
-# sglang (the default) needs an environment of its own; embedded is for trials without a GPU.
-: "${ENGINE:=sglang}"
-: "${SGLANG_PYTHON:=python}"
-# What SGLang is told of CONFIG: the model here, dtype and length below. Set all three with another CONFIG.
-: "${MODEL:=models/Qwen3-1.7B-Base}"
-# bfloat16 where the config has model.dtype=bf16, float32 where it has fp32.
-: "${DTYPE:=bfloat16}"
-# rollout.sampling: max_prompt_tokens + max_new_tokens + 1; a server refuses requests that could reach its length.
-: "${CONTEXT_LENGTH:=5121}"
+# SGLang needs an environment of its own: path of its Python. Empty: rollout.engine_python of CONFIG.
+: "${SGLANG_PYTHON:=}"
 
 # Address that servers listen on. Anything but loopback opens them to the network: keep it a private one, and set
 # ASYMPO_TOKEN (controller) and ASYMPO_ENGINE_KEY (engines), the same on all hosts.
@@ -44,7 +37,7 @@ fi
 if [[ -n "${RUN_NAME:-}" ]]; then
   COMMON+=("run.name=$RUN_NAME")
 fi
-# Secrets come from the environment, so that no command line shows them (engine.sh hands SGLang its key in a file).
+# Secrets come from the environment, so that no command line shows them (`asympo engine` hands SGLang its key in a file).
 # Both may stay unset on loopback.
 if [[ -n "${ASYMPO_TOKEN:-}" ]]; then
   export ASYMPO_TOKEN

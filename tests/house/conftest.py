@@ -79,7 +79,7 @@ def world(tmp_path):
         (programs / name).write_text(text)
         (programs / name).chmod(stat.S_IRWXU)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "ASYMPO"))}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "ASYMPO", "CUDA"))}
     return tmp_path, {
         **kept,
         "PATH": f"{programs}:{kept['PATH']}",

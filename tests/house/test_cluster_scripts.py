@@ -1,11 +1,18 @@
 """Scripts of examples/slurm and examples/bare, with stand-ins for Slurm and for the roles: who is told what."""
 
+import itertools
 import re
 import shlex
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
+
+from asympo_megatron.config import load_config
+
+ROOT = Path(__file__).parents[2]
 
 
 def run(world, *command, **env):
@@ -15,14 +22,13 @@ def run(world, *command, **env):
 
 
 def test_slurm_jobs_find_each_other_by_url(world):
-    more = {"ENGINES": "3", "GPUS_PER_ENGINE": "2", "ENGINE": "sglang", "TRAIN_NODES": "2", "ASYMPO_TOKEN": "sesame"}
+    more = {"ENGINES": "3", "GPUS_PER_ENGINE": "2", "TRAIN_NODES": "2", "ASYMPO_TOKEN": "sesame"}
     calls = run(world, "examples/slurm/submit.sh", "some.yaml", "my_run", **more)
     engines, (controller, *trainers), (cancel,) = calls[:3], calls[3:6], calls[6:]
     for port, engine in enumerate(engines, start=10042):
-        assert engine[:3] == ["sglang_python", "-m", "sglang.launch_server"]
-        assert engine[engine.index("--port") + 1] == str(port)
-        assert engine[engine.index("--tp-size") + 1] == "2"
-        assert engine[engine.index("--dtype") + 1] == "bfloat16"
+        assert engine[:3] == ["asympo", "engine", "some.yaml"]
+        assert {"run.name=my_run", "rollout.engine_host=0.0.0.0", f"rollout.engine_port={port}"} <= set(engine)
+        assert engine[-5:] == ["--engine-args", "--base-gpu-id", "0", "--tp-size", "2"]
     assert controller[:3] == ["asympo", "control", "some.yaml"]
     assert "run.name=my_run" in controller
     assert "rollout.engine_urls=[http://host7:10042,http://host7:10043,http://host7:10044]" in controller
@@ -35,13 +41,13 @@ def test_slurm_jobs_find_each_other_by_url(world):
 
 def test_overrides_reach_every_role_and_rank_0_sends_from_its_own_host(world):
     given = ["sync.transport=collective", "task.path=my data/$HOME"]
-    calls = run(world, "examples/slurm/submit.sh", "some.yaml", "r", *given, ENGINES="1", ENGINE="embedded")
+    calls = run(world, "examples/slurm/submit.sh", "some.yaml", "r", *given, ENGINES="1")
     engine, controller, *trainers = calls[:4]
     for call in (engine, controller, *trainers):
         assert set(given) <= set(call)
         assert not any(argument.startswith("sync.mirror") for argument in call)
     assert ["sync.host=n1" in call for call in calls[:4]] == [False, False, True, True]
-    calls = run(world, "examples/slurm/submit.sh", "some.yaml", "r", "sync.host=ib0", ENGINES="1", ENGINE="embedded")
+    calls = run(world, "examples/slurm/submit.sh", "some.yaml", "r", "sync.host=ib0", ENGINES="1")
     assert all(call.index("sync.host=ib0") > call.index("sync.host=n1") for call in calls[-3:-1]), "the last one counts"
 
 
@@ -59,7 +65,7 @@ elif [[ $* == *engine_port=10045* ]]; then
 fi
 """
     )
-    more = {"ENGINES": "4", "ENGINE": "embedded", "MIRROR_PORT": "8701"}
+    more = {"ENGINES": "4", "MIRROR_PORT": "8701"}
     calls = run(world, "examples/slurm/submit.sh", "some.yaml", "my_run", "sync.deltas=8", **more)
     mirrors = [call for call in calls if call[0] == "mirror"]
     assert len(mirrors) == 4
@@ -71,34 +77,52 @@ fi
 
 def test_secrets_stay_off_the_command_lines(world):
     secrets = {"ASYMPO_TOKEN": "sesame", "ASYMPO_ENGINE_KEY": "it's open"}
-    calls = run(world, "examples/slurm/submit.sh", "some.yaml", "r", ENGINE="embedded", **secrets)
+    calls = run(world, "examples/slurm/submit.sh", "some.yaml", "r", **secrets)
     assert not any(secret in str(calls) for secret in secrets.values())
     told = [call for call in calls if "rollout.controller_token=${oc.env:ASYMPO_TOKEN}" in call]
     assert [call[0] for call in told] == ["asympo", "asympo", "asympo", "trainer_python", "trainer_python"]
     assert all("rollout.engine_api_key=${oc.env:ASYMPO_ENGINE_KEY}" in call for call in told)
 
 
-def test_sglang_gets_its_key_in_a_file_of_its_owner(world):
+@pytest.mark.parametrize("name", ["qwen3_4b_math", "llama3p2_3b_math"])
+def test_sglang_serves_what_the_configuration_names(world, name):
     folder, _ = world
-    keys = {"ASYMPO_ENGINE_KEY": "it's open"}
-    for _ in range(2):  # the second start replaces the file
-        calls = run(world, "examples/bare/engine.sh", "30005", **keys)
-    file = folder / "runs" / "engine_keys" / "host7-30005.yaml"
-    assert calls[-1][calls[-1].index("--config") + 1] == str(file)
-    assert "--api-key" not in calls[-1]
-    assert OmegaConf.load(file) == {"api-key": "it's open"}
-    assert file.stat().st_mode & 0o077 == 0
+    (folder / "bin" / "asympo").write_text(f'#!/bin/sh\nexec {sys.executable} -m asympo_megatron.cli.main "$@"\n')
+    path = f"examples/configs/{name}.yaml"
+    config = load_config(ROOT / path)
+    model = folder / config.model.path
+    model.mkdir(parents=True)
+    for file in ("config.json", "tokenizer.json"):
+        (model / file).write_text("{}")
+    more = {"CONFIG": path, "OVERRIDES": "rollout.sampling.max_new_tokens=100", "ASYMPO_ENGINE_KEY": "it's open"}
+    (command,) = run(world, "examples/bare/engine.sh", "30005", "4,6", "run.name=other", PYTHONPATH=str(ROOT), **more)
+    assert command[:3] == ["sglang_python", "-m", "sglang.launch_server"]
+    last = dict(itertools.pairwise(command))  # of an option given twice, SGLang takes the last
+    assert last["--model-path"] == config.model.path
+    assert last["--dtype"] == "bfloat16"
+    assert last["--load-format"] == "dummy"
+    assert last["--context-length"] == str(config.rollout.sampling.max_prompt_tokens + 101)
+    assert (last["--host"], last["--port"]) == ("127.0.0.1", "30005")
+    assert (last["--tp-size"], last["--base-gpu-id"], last["--mem-fraction-static"]) == ("2", "0", "0.85")
+    assert "it's open" not in str(command)
+    key_file = folder / last["--config"]
+    assert key_file == folder / "runs" / "other" / "engine_key.yaml"
+    assert OmegaConf.load(key_file) == {"api-key": "it's open"}
+    assert key_file.stat().st_mode & 0o077 == 0
 
 
 def test_slurm_jobs_get_secrets_that_nobody_set(world):
     folder, _ = world
-    calls = run(world, "examples/slurm/submit.sh", "some.yaml", "r", ENGINES="1", ENGINE="sglang")
+    with (folder / "bin" / "asympo").open("a") as stand_in:
+        stand_in.write('echo "$ASYMPO_TOKEN $ASYMPO_ENGINE_KEY" >"$RECORDED.secrets"\n')
+    calls = run(world, "examples/slurm/submit.sh", "some.yaml", "r", ENGINES="1")
     controller, *trainers = calls[1:4]
     for call in (controller, *trainers):
         assert "rollout.controller_token=${oc.env:ASYMPO_TOKEN}" in call
         assert "rollout.engine_api_key=${oc.env:ASYMPO_ENGINE_KEY}" in call
-    (file,) = (folder / "runs" / "engine_keys").iterdir()
-    assert re.fullmatch("[0-9a-f]{32}", OmegaConf.load(file)["api-key"])
+    said = (folder / "recorded.secrets").read_text()
+    assert re.fullmatch("([0-9a-f]{32}) ([0-9a-f]{32})\n", said)
+    assert len(set(said.split())) == 2
     assert (folder / "runs" / "r" / "slurm").stat().st_mode & 0o077 == 0
 
 
@@ -139,7 +163,7 @@ STOP = ["scancel", "engine.sbatch-id", "controller.sbatch-id"]
 )
 def test_a_trainer_stops_its_servers_where_its_end_is_the_end_of_its_job(world, code, state, expected):
     folder, env = world
-    more = {"ENGINE": "embedded", "TRAINER_EXIT": code, "STATE": state}
+    more = {"TRAINER_EXIT": code, "STATE": state}
     command = ["examples/slurm/submit.sh", "some.yaml", "r"]
     subprocess.run(command, cwd=folder, env={**env, **more}, check=True, timeout=60, capture_output=True)
     assert (folder / "recorded.exit").read_text() == f"{code}\n", "of the trainer's job"
@@ -205,7 +229,7 @@ echo "${script##*/}-id"
 
 def test_a_job_that_waits_for_the_end_of_the_trainer_stops_what_still_serves(world):
     folder, _ = world
-    run(world, "examples/slurm/submit.sh", "some.yaml", "r", ENGINE="embedded")
+    run(world, "examples/slurm/submit.sh", "some.yaml", "r")
     options = dict(line.split("=", 1) for line in (folder / "recorded.waiting").read_text().splitlines() if "=" in line)
     assert options["--dependency"] == "afterany:trainer.sbatch-id"
     assert run(world, "sh", "-c", options["--wrap"])[-1] == [
@@ -227,7 +251,7 @@ ALL = ["engine.sbatch-id", "controller.sbatch-id", "trainer.sbatch-id"]
 )
 def test_a_job_that_slurm_refuses_takes_the_others_with_it(world, refused, cancelled):
     folder, env = world
-    more = {"ENGINE": "embedded", "REFUSED": refused}
+    more = {"REFUSED": refused}
     command = ["examples/slurm/submit.sh", "some.yaml", "r"]
     done = subprocess.run(command, cwd=folder, env={**env, **more}, check=False, timeout=60, capture_output=True)
     assert done.returncode == 1
@@ -239,7 +263,7 @@ def test_a_job_that_slurm_refuses_takes_the_others_with_it(world, refused, cance
 @pytest.mark.parametrize(("shown", "used"), [({"CUDA_VISIBLE_DEVICES": "4,5"}, "4,5"), ({}, "0,1")])
 def test_an_engine_has_the_gpus_that_slurm_gave_it(world, shown, used):
     folder, _ = world
-    (folder / "bin" / "sglang_python").write_text('#!/usr/bin/env bash\necho "$CUDA_VISIBLE_DEVICES" >"$RECORDED"\n')
+    (folder / "bin" / "asympo").write_text('#!/usr/bin/env bash\necho "$CUDA_VISIBLE_DEVICES" >"$RECORDED"\n')
     job = {"RENDEZVOUS": str(folder), "ROLES": str(folder / "examples" / "bare"), "GPUS_PER_ENGINE": "2"}
     job |= {"SLURM_ARRAY_TASK_ID": "0", "SLURM_JOB_ID": "42", **shown}
     assert run(world, "bash", "examples/slurm/engine.sbatch", **job) == [[used]]

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -11,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from asympo_megatron.config import load_config, preset_names, warm_start_config
-from asympo_megatron.launch.engines import context_length
 from asympo_megatron.objectives import build_objective
 
 ROOT = Path(__file__).parents[2]
@@ -48,13 +46,6 @@ def test_a_gpu_config_fits_its_machine(path):
     assert first_serving + serving == 8
     assert config.model.megatron.keys() <= {field.name for field in dataclasses.fields(TransformerConfig)}
     assert "none has been tuned or run on a GPU" in " ".join(path.read_text().replace("#", " ").split())
-
-
-@pytest.mark.parametrize("path", GPU_CONFIGS, ids=lambda path: path.stem)
-def test_the_scripts_serve_the_longest_request_of_a_gpu_config(path):
-    settings = (ROOT / "examples" / "bare" / "settings.sh").read_text()
-    (length,) = re.findall(r"CONTEXT_LENGTH:=(\d+)", settings)
-    assert int(length) >= context_length(load_config(path))
 
 
 def test_the_made_task_is_right_and_the_same_every_time(tmp_path):

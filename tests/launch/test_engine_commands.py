@@ -67,6 +67,7 @@ def test_the_key_of_sglang_is_in_a_file_of_its_owner(tmp_path):
     assert not any(key in argument for argument in command)
     assert OmegaConf.load(old) == {"api-key": key}
     assert old.stat().st_mode & 0o077 == 0
+    assert [path.name for path in old.parent.iterdir()] == [old.name]
     assert "--config" not in engine_command(sglang(tmp_path), MODEL, 30000)
 
 
@@ -128,6 +129,32 @@ def test_the_engine_command_seeds_every_start_anew(tmp_path, monkeypatch):
     for port in (30000, 30001, 30000):
         assert main(["engine", "quickstart", f"run.root={tmp_path}", f"rollout.engine_port={port}"]) == 0
     assert len({options.seed for options in started}) == 3
+
+
+def test_the_engine_command_becomes_sglang_where_the_configuration_says_so(tmp_path, monkeypatch):
+    from asympo_megatron.cli.main import main
+
+    started = []
+
+    def become(program, command, environment):
+        started.append((program, command, environment))
+        raise SystemExit(0)
+
+    monkeypatch.setattr(os, "execve", become)
+    ours = [f"run.root={tmp_path}", "rollout.engine=sglang", f"rollout.engine_python={sys.executable}"]
+    ours += ["rollout.engine_args=[--tp-size,4,--trust-remote-code]"]
+    with pytest.raises(SystemExit):
+        main(["engine", "quickstart", *ours, "rollout.engine_port=30007", "--engine-args", "--tp-size", "2"])
+    with pytest.raises(SystemExit):
+        main(["engine", "quickstart", *ours])
+    (program, command, environment), (_, second, _) = started
+    assert program == command[0] == sys.executable
+    assert command[1:3] == ["-m", "sglang.launch_server"]
+    assert command[command.index("--model-path") + 1] == str(tmp_path / "quickstart" / "model")
+    assert command[command.index("--port") + 1] == "30007"
+    assert command[-5:] == ["--tp-size", "4", "--trust-remote-code", "--tp-size", "2"]
+    assert environment.items() >= {**os.environ, "OMP_NUM_THREADS": "1"}.items()
+    assert int(second[second.index("--port") + 1]) > 0, "any free one"
 
 
 @pytest.mark.parametrize(("run_id", "expected"), [(None, 0), ("7", 1)])
