@@ -113,7 +113,7 @@ class Trainer:
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
         self.incarnation = 0
         self.path: Callable[[int], str] = f"{root}/weights/{{}}".format
-        """Where a version lies: a directory with a manifest alone, or an address."""
+        """Where a version lies: a directory, made with a manifest alone unless it is there, or an address."""
 
     async def call(self, path: str, request: Any, kind: Any) -> Any:
         body = msgspec.msgpack.encode(request)
@@ -137,7 +137,7 @@ class Trainer:
         reply = await self.call("/version", request, protocol.VersionReply)
         if reply.needed:
             path = self.path(reply.version)
-            if "://" not in path:
+            if "://" not in path and not Path(path).exists():
                 Path(path).mkdir(parents=True)
                 manifest = Manifest(reply.version, step, checksum, {})
                 (Path(path) / MANIFEST_NAME).write_bytes(msgspec.json.encode(manifest))
